@@ -1,0 +1,87 @@
+"""What travels between data, models and tasks: the batch, the output, and the way to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+class Batch(TypedDict, total=False):
+    """One (micro-)batch; LAVIS's keys, all optional. B rows on this rank, N on all ranks together."""
+
+    image: Tensor
+    """(B, 3, H, W): uint8 as the loader makes it, or float, already normalised."""
+    image_norm: Tensor
+    """float32 (B, 2, 3): mean and std in units of [0, 1], with uint8 images only."""
+    image_embeds: Tensor
+    """(B, P, D) states of the frozen vision tower, in place of `image`."""
+    text_input: list[str]
+    """B texts, cleaned by the text processor."""
+    text_ids: Tensor
+    """int64 (B, T): token ids of `text_input`, padded to the longest of the batch."""
+    text_mask: Tensor
+    """bool (B, T): True = real token."""
+    image_id: Tensor
+    """int64 (B,): equal numbers mean the same picture."""
+    instance_id: list[str]
+    """B names of records, for reports and predictions."""
+    rows: Tensor
+    """int64 (B,): row of each sample in the global batch of the optimizer step."""
+    batch_total: int
+    """N, rows of this micro-batch on all ranks; they are split as `dist.slices` says."""
+    epoch: int
+    iters: int
+    """Number of optimizer steps done before this one."""
+    num_iters_per_epoch: int
+    seed: int
+
+
+class Output(dict[str, Any]):
+    """Result of a model's `forward`: a dictionary that also answers to attributes.
+
+    `loss` is the scalar to differentiate; `loss_itc`, ... are its parts; `itc_acc`, ... detached figures.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"output has no {name!r}; it has {', '.join(map(str, self))}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The one-element tensors, detached: what the log shows."""
+        return {k: v.detach() for k, v in self.items() if isinstance(v, Tensor) and v.numel() == 1}
+
+
+def _flatten(output: Output) -> tuple[list[Any], list[str]]:
+    return list(output.values()), list(output.keys())
+
+
+def _unflatten(values: Iterable[Any], keys: list[str]) -> Output:
+    return Output(zip(keys, values, strict=True))
+
+
+# torch takes an unregistered dict subclass for a single leaf, and DDP would miss the tensors inside.
+_pytree.register_pytree_node(Output, _flatten, _unflatten, serialized_type_name="blip.batch.Output")
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`; uint8 images travel as bytes and are normalised there."""
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    image = moved.get("image")
+    if image is not None and image.dtype == torch.uint8:
+        moved["image"] = normalize(image, moved.pop("image_norm"))
+    return moved
+
+
+def normalize(image: Tensor, image_norm: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) to float32, normalised by mean and std (B, 2, 3) given in units of [0, 1]."""
+    mean, std = image_norm[:, 0, :, None, None], image_norm[:, 1, :, None, None]
+    return (image.to(torch.float32) / 255 - mean) / std
