@@ -104,6 +104,14 @@ def sum_tensor(value: Tensor) -> Tensor:
     return total
 
 
+def max_tensor(value: Tensor) -> Tensor:
+    """Element-wise maximum over the ranks, as a new tensor without gradient."""
+    largest = value.detach().clone()
+    if world_size() > 1:
+        td.all_reduce(largest, op=td.ReduceOp.MAX)
+    return largest
+
+
 def all_true(flag: Tensor) -> bool:
     """Whether `flag` (a bool scalar tensor) holds on every rank."""
     if world_size() == 1:
@@ -120,6 +128,15 @@ def any_true(flag: bool, device: torch.device | None = None) -> bool:
     count = torch.tensor(int(flag), device=device)
     td.all_reduce(count, op=td.ReduceOp.MAX)
     return bool(count)
+
+
+def max_int(value: int, device: torch.device | None = None) -> int:
+    """The largest of the ranks' values."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    td.all_reduce(largest, op=td.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather_rows(rows: Tensor, total: int | None = None, grad: bool = False) -> Tensor:

@@ -1,0 +1,82 @@
+"""BERT's embeddings, feed-forward and language-model head, for MED and Q-Former alike."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02
+
+
+class TextEmbedding(nn.Module):
+    """Word plus position embeddings; no token types. What goes in front of the text passes `finish` too.
+
+    Shape:
+        text_ids: int64 (B, T).
+        start: position of the first token.
+        returns: (B, T, D), normalised and dropped out.
+    """
+
+    def __init__(self, vocab_size: int, width: int, num_positions: int, dropout: float, norm_eps: float) -> None:
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, width)
+        self.position = nn.Embedding(num_positions, width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.dropout = dropout
+
+    def forward(self, text_ids: Tensor, start: int = 0) -> Tensor:
+        position = self.position.weight[start : start + text_ids.shape[1]]
+        return self.finish(self.word(text_ids) + position)
+
+    def finish(self, states: Tensor) -> Tensor:
+        """LayerNorm and dropout, which learned queries also pass (B, Q, D)."""
+        return F.dropout(self.norm(states), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward sub-block: expand, GELU (erf), contract, drop, add, normalise. (B, T, D) -> same."""
+
+    def __init__(self, width: int, inner: int, dropout: float, norm_eps: float) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, inner)
+        self.contract = nn.Linear(inner, width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.contract(F.gelu(self.expand(hidden)))
+        return self.norm(hidden + F.dropout(inner, self.dropout, self.training))
+
+
+class LMHead(nn.Module):
+    """BERT's transform and a vocabulary projection tied to the word embeddings, with a bias of its own.
+
+    The matrix is handed in at each call, so the parameter exists once.
+
+    Shape:
+        hidden: (..., D).
+        word_weight: (V, D), the word embeddings.
+        returns: logits (..., V).
+    """
+
+    def __init__(self, width: int, vocab_size: int, norm_eps: float) -> None:
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.transform(hidden))), word_weight, self.bias)
+
+
+def init_bert(module: nn.Module) -> None:
+    """BERT's initial values: normal(0, 0.02) matrices and embeddings, zero biases, unit LayerNorms."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=INIT_STD)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,397 @@
+"""BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM (sections 3.1 and 3.2).
+
+One forward pass, in the order of the losses:
+
+    tower (no gradient while frozen) -> ln_vision -> cross-attention keys and values, once per layer
+    queries alone -> image features; their self-attention keys and values are kept for the LM loss
+    text alone    -> text features                 ITC: against the global batch
+    [queries ; text] for B pairs and 2B hard negatives, reusing the keys and values    ITM
+    text behind the kept keys and values, causal                                       LM (BLIP-2 calls it ITG)
+
+`represent`, `contrast`, `match` and `narrate` are these steps; cached accumulation (engine/cached.py) runs the
+same steps over several micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip.batch import Output
+from blip.config.schema import ModelConfig
+from blip.errors import ConfigError, UsageError, hint
+from blip.layers.attention import KeyValue
+from blip.layers.masks import causal_mask, padding_mask
+from blip.layers.text import LMHead, init_bert
+from blip.losses import NegativeSampler, at_least_float32, itm_loss, lm_loss, similarity
+from blip.models.base import BlipModel
+from blip.models.bert_init import load_bert
+from blip.models.contrast import Negatives, Pool, contrast, gather_pool, targets_only
+from blip.models.qformer import ImageKeys, QFormer, QFormerConfig
+from blip.models.vision import VisionConfig, VisionTower
+from blip.registry import MODELS
+
+
+@dataclass
+class Blip2QformerConfig(ModelConfig):
+    """Sizes and switches of BLIP-2 stage 1; names and defaults are LAVIS's."""
+
+    vit_model: str = "eva_clip_g"
+    """Vision tower: eva_clip_g, clip_L, vit_base, vit_large, or timm/<name of a timm ViT>."""
+    image_size: int = 224
+    """Side of the input, in pixels."""
+    drop_path_rate: float = 0.0
+    """Drop path of the vision tower's last block; grows linearly from 0."""
+    use_grad_checkpoint: bool = False
+    """Recompute the tower's activations in the backward pass (`vit.checkpoint` chooses how)."""
+    vit_precision: str = "fp16"
+    """Weights of the frozen tower: fp32, fp16 or bf16."""
+    freeze_vit: bool = True
+    """Keep the tower's weights as they are."""
+    vit_train_steps: int = 0
+    """Optimizer steps for which a tower that is to be frozen is trained first; 0 = frozen from the start."""
+    vit_init_from: str | None = None
+    """Weights of the tower: a safetensors or .pth file, or `timm` for timm's pretrained ones; null = random."""
+    vit: VisionConfig = field(default_factory=VisionConfig)
+    """Sizes of the tower that differ from the named one's."""
+    num_query_token: int = 32
+    """Learned queries per image (Q)."""
+    cross_attention_freq: int = 2
+    """Every n-th layer of the Q-Former looks at the image, from the first."""
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    """Sizes of the Q-Former."""
+    embed_dim: int = 256
+    """Width of the contrastive space (E)."""
+    max_txt_len: int = 32
+    """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    tokenizer: str = "bert-base-uncased"
+    """`scenes` (embedded), a vocab.txt, a folder, or a Hugging Face name."""
+    vocab_size: int | None = None
+    """Rows of the word embeddings; null = what the tokenizer has."""
+    dropout: float = 0.1
+    """Dropout of the Q-Former."""
+    label_smoothing: float = 0.1
+    """Of the ITC targets and the LM loss."""
+    temp: float = 0.07
+    """Initial temperature of the ITC loss (learned)."""
+    min_temp: float = 0.0
+    """The learned temperature is kept at or above this; LAVIS has no bound."""
+    image_id_targets: bool = True
+    """Use `image_id` where a batch has it: the same picture's texts are positives, never negatives."""
+    gather_with_grad: bool = True
+    """Let ITC gradients flow to the features of other ranks; LAVIS does not."""
+
+    def problems(self) -> list[str]:
+        """Sizes that cannot be built."""
+        found = super().problems() + self._at_least(1, "num_query_token", "cross_attention_freq", "embed_dim")
+        found += self._at_least(1, "image_size", "vocab_size") + self._at_least(3, "max_txt_len")
+        found += self._within(0, 0.9, "dropout", "drop_path_rate", "label_smoothing")
+        if self.max_txt_len > self.qformer.max_positions:
+            found.append(f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions {self.qformer.max_positions}")
+        if self.vit_precision not in ("fp32", "fp16", "bf16"):
+            found.append(f"vit_precision: {self.vit_precision!r} is not a precision; choose from bf16, fp16, fp32")
+        if self.vit_train_steps < 0 or (self.vit_train_steps and not self.freeze_vit):
+            found.append("vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0")
+        return found
+
+    def tower(self) -> VisionConfig:
+        """The tower's own section, with the switches that stand beside it."""
+        frozen = self.freeze_vit and self.vit_train_steps == 0
+        return replace(
+            self.vit,
+            vit_model=self.vit_model,
+            image_size=self.image_size,
+            drop_path_rate=self.drop_path_rate,
+            precision=self.vit_precision if self.freeze_vit else "fp32",
+            freeze=frozen,
+            init_from=self.vit_init_from,
+        )
+
+
+class Representation(NamedTuple):
+    """What the uni-modal passes leave for the losses."""
+
+    image_feats: Tensor
+    """(B, Q, E), unit norm."""
+    text_feats: Tensor
+    """(B, E), unit norm."""
+    states: Tensor
+    """(B, P, D_image), the tower's output before `ln_vision`."""
+    keys: ImageKeys
+    cache: list[KeyValue]
+    """Self-attention keys and values of the queries, per layer."""
+
+
+@MODELS.register("blip2", "blip2_feature_extractor")
+class Blip2Qformer(BlipModel):
+    """BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM.
+
+    Shape:
+        batch: `image` (B, 3, H, W) or `image_embeds` (B, P, D_image); `text_input` or `text_ids`, `text_mask`;
+            optional `image_id` (B,).
+        returns: `loss` = `loss_itc` + `loss_itm` + `loss_lm`, `itc_acc`, `itm_acc`, `temp`.
+    """
+
+    config_class = Blip2QformerConfig
+    presets: ClassVar = {
+        "pretrain": {},
+        "pretrain_vitL": {"vit_model": "clip_L"},
+        "coco": {"image_size": 364, "freeze_vit": False, "vit_precision": "fp32", "use_grad_checkpoint": True},
+    }
+    negative_sampler: NegativeSampler | None = None
+    """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
+
+    def __init__(self, config: Blip2QformerConfig) -> None:
+        super().__init__(config)
+        self.vision = VisionTower(config.tower())
+        self.ln_vision = nn.LayerNorm(self.vision.width, eps=1e-5)
+        vocab_size = config.vocab_size or self.word_pieces.vocab_size
+        self.qformer = QFormer(
+            config.qformer,
+            config.num_query_token,
+            self.vision.width,
+            vocab_size,
+            config.cross_attention_freq,
+            config.dropout,
+        )
+        self.lm_head = LMHead(config.qformer.width, vocab_size, config.qformer.norm_eps)
+        self.vision_proj = nn.Linear(config.qformer.width, config.embed_dim)
+        self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
+        self.itm_head = nn.Linear(config.qformer.width, 2)
+        self.temp = nn.Parameter(torch.tensor(config.temp))
+        init_bert(self.lm_head)
+
+    # The training step
+
+    def forward(self, batch: dict[str, Any]) -> Output:
+        batch = self.with_text(batch)
+        seen = self.represent(batch, self.image_states(batch))
+        pool = self.pool(batch, seen.image_feats, seen.text_feats, seen.states, keys=seen.keys)
+        output, negatives = self.contrast(batch, seen.image_feats, seen.text_feats, pool)
+        output.update(self.match(batch, seen, pool, negatives))
+        output.update(self.narrate(batch, seen))
+        output["loss"] = output.loss_itc + output.loss_itm + output.loss_lm
+        return output
+
+    def image_states(self, batch: dict[str, Any]) -> Tensor:
+        """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place."""
+        if "image_embeds" in batch:
+            return batch["image_embeds"]
+        return self.vision(batch["image"])
+
+    def represent(self, batch: dict[str, Any], states: Tensor) -> Representation:
+        """The uni-modal passes: image features from the queries alone, text features from [CLS] alone."""
+        keys = self.image_keys(states)
+        image = self.qformer(images=[(keys, 1)])
+        return Representation(self._project_image(image.queries), self.text_feats(batch), states, keys, image.cache)
+
+    def image_keys(self, states: Tensor) -> ImageKeys:
+        """Keys and values of tower states (B, P, D_image); `ln_vision` is trained, so it stands here."""
+        return self.qformer.image_keys(self.normed(states))
+
+    def normed(self, states: Tensor) -> Tensor:
+        """`ln_vision` in float32, whatever the tower's precision. (B, P, D_image) -> same."""
+        norm = self.ln_vision
+        return F.layer_norm(states.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+    def text_feats(self, batch: dict[str, Any]) -> Tensor:
+        """(B, E), unit norm, from [CLS]."""
+        text = self.qformer.embedding(batch["text_ids"])
+        states = self.qformer(text, padding_mask(batch["text_mask"]), keep="first").text
+        return F.normalize(at_least_float32(self.text_proj(states[:, 0])), dim=-1)
+
+    def _project_image(self, queries: Tensor) -> Tensor:
+        return F.normalize(at_least_float32(self.vision_proj(queries)), dim=-1)  # (B, Q, E)
+
+    def pool(
+        self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, states: Tensor, **where: Any
+    ) -> Pool:
+        """The global batch that the local rows are contrasted with (`contrast.gather_pool`)."""
+        use_ids, grad = self.config.image_id_targets, self.config.gather_with_grad
+        return gather_pool(batch, image_feats, text_feats, states, use_ids=use_ids, grad=grad, **where)
+
+    def contrast(
+        self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, pool: Pool
+    ) -> tuple[Output, Negatives]:
+        """The ITC loss of the local rows, and the hard negatives that its similarities suggest."""
+        smoothing, sampler = self.config.label_smoothing, self.negative_sampler
+        return contrast(batch, image_feats, text_feats, pool, self.temp, smoothing, sampler)
+
+    def match(self, batch: dict[str, Any], seen: Representation, pool: Pool, negatives: Negatives) -> Output:
+        """The ITM loss: B pairs, then each image with a wrong text, then each text with a wrong image."""
+        ids, mask = pool.text_ids[pool.columns], pool.text_mask[pool.columns]
+        text_ids = torch.cat([ids, pool.text_ids[negatives.text], ids])  # (3B, T)
+        text_mask = torch.cat([mask, pool.text_mask[negatives.text], mask])
+        logits = self.itm_logits([(seen.keys, 2), (self._negative_keys(pool, negatives), 1)], text_ids, text_mask)
+        num_rows = len(ids)
+        labels = torch.cat([ids.new_ones(num_rows), ids.new_zeros(2 * num_rows)])
+        valid = negatives.valid.float()
+        weight = torch.cat([torch.ones_like(valid), valid, valid])
+        total = batch.get("loss_rows", max(num_rows, 1)) * (1 + 2 * negatives.share_valid)
+        right = ((logits.detach().argmax(1) == labels) * weight).sum() / weight.sum().clamp(min=1)
+        return Output(loss_itm=itm_loss(logits, labels, weight, total), itm_acc=right)
+
+    def _negative_keys(self, pool: Pool, negatives: Negatives) -> ImageKeys:
+        if pool.keys is not None:
+            return pool.keys.select(negatives.image)
+        # `ln_vision` and the projections are applied here, to the states as the tower gave them, so that after
+        # the mean over ranks their gradients are the global batch's.
+        return self.image_keys(pool.fetch_states(negatives.image))
+
+    def itm_logits(self, images: list[tuple[ImageKeys, int]], text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """(R, 2): the head on the mean query output, which is the mean of the head over the queries."""
+        query_mask = text_mask.new_ones(len(text_mask), self.config.num_query_token)
+        mask = padding_mask(torch.cat([query_mask, text_mask], dim=1))
+        output = self.qformer(self.qformer.embedding(text_ids), mask, images, keep="queries")
+        return self.itm_head(output.queries.mean(dim=1))
+
+    def narrate(self, batch: dict[str, Any], seen: Representation) -> Output:
+        """The LM loss: [DEC] and the text, behind the queries of the image pass."""
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        start = torch.full_like(ids[:, :1], self.dec_id)
+        text = self.qformer.embedding(torch.cat([start, ids[:, 1:-1]], dim=1))  # the last token predicts nothing
+        attention = causal_mask(mask[:, :-1], self.config.num_query_token)
+        hidden = self.qformer(text, attention, past=seen.cache).text
+        labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+        hidden, labels = targets_only(hidden.flatten(0, 1), labels.flatten(), batch.get("num_targets"))
+        logits = self.lm_head(hidden, self.qformer.embedding.word.weight)
+        return Output(loss_lm=lm_loss(logits, labels, self.config.label_smoothing, batch.get("loss_tokens")))
+
+    @property
+    def dec_id(self) -> int:
+        """Id of [DEC]: the last row of the vocabulary, as LAVIS adds it."""
+        return self.qformer.embedding.word.num_embeddings - 1
+
+    # Inference
+
+    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
+        """Features of images, texts or pairs, as LAVIS names them.
+
+        Args:
+            samples: `image` and/or `text_input` (or `text_ids`, `text_mask`).
+            mode: `image`: `image_embeds` (B, Q, D), `image_embeds_proj` (B, Q, E) unit norm; `text`:
+                `text_embeds` (B, T, D), `text_embeds_proj` (B, T, E) unit norm (use token 0); `multimodal`:
+                `multimodal_embeds` (B, Q, D), the queries with the text attached.
+
+        Raises:
+            UsageError: unknown mode.
+        """
+        if mode not in ("image", "text", "multimodal"):
+            raise UsageError(f"extract_features: unknown mode {mode!r}{hint(mode, ('image', 'text', 'multimodal'))}")
+        if mode == "image":
+            queries = self.qformer(images=[(self.image_keys(self.image_states(samples)), 1)]).queries
+            return Output(image_embeds=queries, image_embeds_proj=self._project_image(queries))
+        samples = self.with_text(samples, self.config.qformer.max_positions)
+        text = self.qformer.embedding(samples["text_ids"])
+        mask = samples["text_mask"]
+        if mode == "text":
+            states = self.qformer(text, padding_mask(mask)).text
+            return Output(text_embeds=states, text_embeds_proj=F.normalize(self.text_proj(states), dim=-1))
+        mask = torch.cat([mask.new_ones(len(mask), self.config.num_query_token), mask], dim=1)
+        keys = self.image_keys(self.image_states(samples))
+        output = self.qformer(text, padding_mask(mask), [(keys, 1)], keep="queries")
+        return Output(multimodal_embeds=output.queries)
+
+    def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
+        """(B,) raw matching logits of aligned pairs.
+
+        Args:
+            image_inputs: (B, P, D_image), states of the tower after `ln_vision`, as LAVIS passes them.
+            text_ids: int64 (B, T).
+            text_atts: bool or 0/1 (B, T).
+        """
+        keys = self.qformer.image_keys(image_inputs)
+        return self.itm_logits([(keys, 1)], text_ids, text_atts.bool())[:, 1]
+
+    def retrieval_images(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Image features (B, Q, E), and the tower's states (B, P, D_image) for `rerank`."""
+        states = self.image_states(batch)
+        queries = self.qformer(images=[(self.image_keys(states), 1)]).queries
+        return self._project_image(queries), states
+
+    def retrieval_texts(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Text features (B, E)."""
+        return self.text_feats({"text_ids": text_ids, "text_mask": text_mask})
+
+    def retrieval_scores(self, image_feats: Tensor, text_feats: Tensor) -> Tensor:
+        """ITC similarities without temperature, (images, texts)."""
+        return similarity(image_feats, text_feats)
+
+    def rerank(self, states: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Matching logits of every image with texts of its own; an image's keys are computed once.
+
+        Args:
+            states: (B, P, D_image) from `retrieval_images`.
+            text_ids: int64 (K, B, T); text_mask: bool (K, B, T): K texts for each image.
+
+        Returns:
+            (K, B).
+        """
+        copies, num_images = text_ids.shape[:2]
+        images = [(self.image_keys(states), copies)]
+        logits = self.itm_logits(images, text_ids.flatten(0, 1), text_mask.flatten(0, 1))
+        return logits[:, 1].view(copies, num_images)
+
+    # Freezing, checkpoints, optimizer
+
+    def on_step(self, step: int) -> bool:
+        """Freeze the tower once it has been trained for `vit_train_steps`."""
+        due = self.config.freeze_vit and step >= self.config.vit_train_steps
+        if due and not self.vision.frozen:
+            self.vision.freeze()
+            return True
+        return False
+
+    def after_step(self, outputs: Sequence[Output]) -> None:
+        """Keep the temperature above its bound, where there is one."""
+        if self.config.min_temp:
+            self.temp.data.clamp_(min=self.config.min_temp)
+
+    def load_parts(self) -> list[str]:
+        """Load the tower from `vit_init_from` and the Q-Former from `qformer.init_from`."""
+        report = self.vision.load_initial()
+        if self.config.qformer.init_from:
+            report.append(load_bert(self.qformer, self.lm_head, self.config.qformer.init_from))
+        return report
+
+    def frozen_parts(self) -> dict[str, str]:
+        """A tower that was never trained here and whose weights can be fetched again."""
+        never_trained = self.config.freeze_vit and self.config.vit_train_steps == 0
+        source = self.config.vit_init_from
+        return {"vision.": source} if never_trained and source else {}
+
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks and the Q-Former's layers."""
+        return [*self.vision.blocks(), *self.qformer.layers]
+
+    def lr_scale(self, name: str, decay: float) -> float:
+        """Layer-wise decay of the tower: block k of L gets decay^(L + 1 - k), everything else 1."""
+        if not name.startswith("vision."):
+            return 1.0
+        return decay ** (self.vision.num_layers + 1 - self.vision.layer_id(name.removeprefix("vision.")))
+
+
+@MODELS.register("blip2_image_text_matching")
+class Blip2ImageTextMatching(Blip2Qformer):
+    """Stage 1 as a judge of aligned pairs.
+
+    Shape:
+        samples: `image` and `text_input` of B pairs.
+        returns: `match_head="itm"`: (B, 2) logits; `"itc"`: (B, 1) cosine of the best query.
+    """
+
+    def forward(self, samples: dict[str, Any], match_head: str = "itm") -> Any:
+        if match_head not in ("itm", "itc"):
+            raise UsageError(f"match_head: unknown head {match_head!r}{hint(match_head, ('itm', 'itc'))}")
+        samples = self.with_text(samples)
+        keys = self.image_keys(self.image_states(samples))
+        if match_head == "itm":
+            return self.itm_logits([(keys, 1)], samples["text_ids"], samples["text_mask"])
+        image_feats = self._project_image(self.qformer(images=[(keys, 1)]).queries)
+        text_feats = self.text_feats(samples)
+        return torch.einsum("bqe,be->bq", image_feats, text_feats).max(dim=1, keepdim=True).values

@@ -1,0 +1,230 @@
+"""The Q-Former: a BERT whose learned queries look at an image, and whose text looks at the queries.
+
+Queries and text share the self-attention of a layer and have feed-forwards of their own; every n-th layer
+lets the queries (never the text) attend to the image. Which of them see each other is the mask's choice
+(`layers/masks.py`), so one network serves ITC, ITM and LM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from blip.errors import ConfigError
+from blip.layers.attention import Attention, KeyValue, Segment
+from blip.layers.text import FeedForward, TextEmbedding, init_bert
+
+
+@dataclass
+class QFormerConfig:
+    """Sizes of the Q-Former; the defaults are BERT-base's."""
+
+    width: int = 768
+    """D of queries and text."""
+    depth: int = 12
+    """Number of layers."""
+    num_heads: int = 12
+    """Attention heads; must divide the width."""
+    mlp_dim: int = 3072
+    """Inner width of the feed-forwards."""
+    max_positions: int = 512
+    """Longest text that has position embeddings, in tokens."""
+    norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+    init_from: str | None = None
+    """BERT-like model to start from: a folder or a Hugging Face name; null = random."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ConfigError(f"qformer.num_heads: {self.num_heads} does not divide qformer.width {self.width}")
+
+
+class ImageKeys(NamedTuple):
+    """An image's cross-attention keys and values, one entry per layer (None where there is no cross-attention).
+
+    Computed once per image and layer; ITC, ITM and LM reuse them, with gradients.
+    """
+
+    layers: list[KeyValue | None]
+
+    def select(self, index: Tensor) -> ImageKeys:
+        """Those of the images `index` (M,)."""
+        return ImageKeys([kv and kv.select(index) for kv in self.layers])
+
+
+class QFormerOutput(NamedTuple):
+    """Final states of one pass; what was not asked for is None."""
+
+    queries: Tensor | None
+    """(R, Q, D)."""
+    text: Tensor | None
+    """(R, T, D), or (R, 1, D) when only the first token was asked for."""
+    cache: list[KeyValue]
+    """Self-attention keys and values per layer, of the positions of this pass."""
+
+
+class QFormerLayer(nn.Module):
+    """One layer: self-attention over [queries ; text], cross-attention of the queries, two feed-forwards.
+
+    `keep` trims the last layer to the positions whose output somebody reads; the others are looked at only.
+    """
+
+    def __init__(self, config: QFormerConfig, image_width: int | None, dropout: float, text_ffn: bool) -> None:
+        super().__init__()
+        sizes = {"num_heads": config.num_heads, "dropout": dropout, "norm_eps": config.norm_eps}
+        self.self_attn = Attention(config.width, **sizes)
+        self.cross_attn = Attention(config.width, kv_width=image_width, **sizes) if image_width else None
+        self.query_ffn = FeedForward(config.width, config.mlp_dim, dropout, config.norm_eps)
+        self.text_ffn = FeedForward(config.width, config.mlp_dim, dropout, config.norm_eps) if text_ffn else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        num_query: int,
+        mask: Tensor | None,
+        image: list[Segment] | None,
+        past: KeyValue | None,
+        keep: slice,
+    ) -> tuple[Tensor, KeyValue]:
+        """(R, Q + T, D) -> the kept positions of it, and the keys and values of this pass's positions."""
+        own = self.self_attn.keys_values(hidden)
+        source = own
+        if past is not None:
+            source = KeyValue(torch.cat([past.key, own.key], dim=2), torch.cat([past.value, own.value], dim=2))
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, keep]
+        hidden = self.self_attn(hidden[:, keep], source, mask)
+
+        queries, text = hidden[:, :num_query], hidden[:, num_query:]
+        if num_query and image is not None:
+            assert self.cross_attn is not None
+            queries = self.cross_attn(queries, image)
+        parts = []
+        if num_query:
+            parts.append(self.query_ffn(queries))
+        if text.shape[1]:
+            assert self.text_ffn is not None
+            parts.append(self.text_ffn(text))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), own
+
+
+class QFormer(nn.Module):
+    """Learned queries and text in one BERT (BLIP-2, section 3.1).
+
+    Args:
+        config: sizes.
+        num_query: Q, number of learned queries.
+        image_width: width of the image states that the queries look at.
+        vocab_size: V; None builds neither embeddings nor text feed-forwards (stage 2: queries only).
+        cross_attention_freq: layers 0, n, 2n, ... have cross-attention.
+        dropout: of attention probabilities and of every sub-block's output.
+    """
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        num_query: int,
+        image_width: int,
+        vocab_size: int | None,
+        cross_attention_freq: int = 2,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.num_query = num_query
+        self.query_tokens = nn.Parameter(torch.zeros(1, num_query, config.width))
+        has_text = vocab_size is not None
+        if vocab_size is not None:
+            self.embedding = TextEmbedding(vocab_size, config.width, config.max_positions, dropout, config.norm_eps)
+        else:
+            self.embedding = QueryEmbedding(config.width, dropout, config.norm_eps)
+        self.layers = nn.ModuleList(
+            QFormerLayer(config, image_width if i % cross_attention_freq == 0 else None, dropout, has_text)
+            for i in range(config.depth)
+        )
+        init_bert(self)
+        nn.init.normal_(self.query_tokens, std=0.02)
+        self.copy_text_ffn()
+
+    def copy_text_ffn(self) -> None:
+        """Start the queries' feed-forwards as copies of the text's, as LAVIS does."""
+        for layer in self.layers:
+            if layer.text_ffn is not None:
+                layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
+
+    def image_keys(self, image_embeds: Tensor) -> ImageKeys:
+        """Cross-attention keys and values of image states (B, P, image_width), once per layer."""
+        return ImageKeys([layer.cross_attn and layer.cross_attn.keys_values(image_embeds) for layer in self.layers])
+
+    def queries(self, rows: int) -> Tensor:
+        """The learned queries for `rows` rows, embedded: (rows, Q, D)."""
+        return self.embedding.finish(self.query_tokens.expand(rows, -1, -1))
+
+    def forward(
+        self,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        images: list[tuple[ImageKeys, int]] | None = None,
+        past: list[KeyValue] | None = None,
+        keep: str = "all",
+    ) -> QFormerOutput:
+        """One pass over queries (where `images` are given), text, or both.
+
+        Args:
+            text: (R, T, D) embedded text (`embedding`), or None.
+            mask: bool, broadcastable to (R, 1, Q + T, S + Q + T), True = may attend; None = all.
+            images: keys of images and how many rows in a row look at each (`Segment`); None = no queries.
+            past: cached keys and values per layer that come before this pass's positions.
+            keep: `all`, `queries` or `first` (the first text token): what the last layer computes.
+        """
+        num_query = self.num_query if images else 0
+        parts = []
+        if images:
+            rows = sum(_rows(keys) * copies for keys, copies in images)
+            parts.append(self.queries(rows))
+        if text is not None:
+            parts.append(text)
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (R, Q + T, D)
+        cache = []
+        for i, layer in enumerate(self.layers):
+            segments = None
+            if images and layer.cross_attn is not None:
+                segments = [Segment(_entry(keys, i), copies) for keys, copies in images]
+            kept = _kept(keep, num_query) if i == len(self.layers) - 1 else slice(None)
+            hidden, own = layer(hidden, num_query, mask, segments, past[i] if past else None, kept)
+            cache.append(own)
+        queries = hidden[:, :num_query] if num_query else None
+        rest = hidden[:, num_query:]
+        return QFormerOutput(queries, rest if rest.shape[1] else None, cache)
+
+
+class QueryEmbedding(nn.Module):
+    """The embedding of a Q-Former without text: queries still pass its LayerNorm and dropout."""
+
+    def __init__(self, width: int, dropout: float, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.dropout = dropout
+
+    def finish(self, states: Tensor) -> Tensor:
+        """LayerNorm and dropout, (B, Q, D) -> same."""
+        return nn.functional.dropout(self.norm(states), self.dropout, self.training)
+
+
+def _kept(keep: str, num_query: int) -> slice:
+    if keep == "queries":
+        return slice(0, num_query)
+    return slice(0, num_query + 1) if keep == "first" else slice(None)
+
+
+def _entry(keys: ImageKeys, layer: int) -> KeyValue:
+    entry = keys.layers[layer]
+    assert entry is not None
+    return entry
+
+
+def _rows(keys: ImageKeys) -> int:
+    entry = next(kv for kv in keys.layers if kv is not None)
+    return entry.key.shape[0]

@@ -1,0 +1,98 @@
+"""BERT word pieces with [DEC] and [ENC], encoded by the Rust tokenizer: fast enough for the loader's workers."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer, Tokenizer
+from torch import Tensor
+
+from blip.errors import ConfigError
+
+EMBEDDED = "scenes"
+PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
+DEC, ENC = "[DEC]", "[ENC]"
+
+
+class WordPieces:
+    """Lower-cased BERT word pieces; the added tokens stand behind the vocabulary (BLIP and LAVIS: from 30522).
+
+    Every text becomes `[CLS] ... [SEP]`; the models replace the first id where they need [DEC] or [ENC].
+
+    Args:
+        source: `scenes` (the small embedded vocabulary), a `vocab.txt`, a folder with one or with a
+            `tokenizer.json`, or a Hugging Face name such as `bert-base-uncased`.
+        added: tokens to append, in order; [DEC] for BLIP-2, [DEC] and [ENC] for BLIP.
+
+    Raises:
+        ConfigError: there is no such vocabulary.
+    """
+
+    def __init__(self, source: str, added: tuple[str, ...] = (DEC,)) -> None:
+        self.source = source
+        self._tokenizer = _load(source)
+        self._tokenizer.add_special_tokens(list(added))
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.pad_id, self.cls_id, self.sep_id = (self._id(token) for token in (PAD, CLS, SEP))
+        self.dec_id = self._id(DEC)
+        self.enc_id = self._id(ENC) if ENC in added else self.cls_id
+
+    def __call__(self, texts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
+        """Ids and mask, padded to the longest text.
+
+        Args:
+            texts: B texts.
+            max_length: texts are cut to this many tokens, [CLS] and [SEP] included; None = not cut.
+
+        Returns:
+            text_ids: int64 (B, T); text_mask: bool (B, T), True = real token.
+        """
+        if not texts:
+            return {"text_ids": torch.zeros(0, 1, dtype=torch.long), "text_mask": torch.zeros(0, 1, dtype=torch.bool)}
+        encoded = [e.ids for e in self._tokenizer.encode_batch(texts)]
+        if max_length is not None:
+            encoded = [ids if len(ids) <= max_length else [*ids[: max_length - 1], self.sep_id] for ids in encoded]
+        longest = max(len(ids) for ids in encoded)
+        ids = torch.full((len(texts), longest), self.pad_id)
+        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = True
+        return {"text_ids": ids, "text_mask": mask}
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Texts of (B, T) ids, without special tokens."""
+        return [text.strip() for text in self._tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)]
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ConfigError(f"model.tokenizer: {self.source!r} has no {token} token; a BERT-like vocabulary is needed")
+        return found
+
+
+def _load(source: str) -> Tokenizer:
+    if source == EMBEDDED:
+        return BertWordPieceTokenizer(str(resources.files("blip") / "models" / "scenes_vocab.txt"), lowercase=True)
+    path = Path(source)
+    if (path / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(path / "tokenizer.json"))
+    for file in (path, path / "vocab.txt"):
+        if file.is_file():
+            return BertWordPieceTokenizer(str(file), lowercase=True)
+    return _from_hub(source)
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.tokenizer: no vocabulary {name!r}: not a vocab.txt or folder on disk, and not in the Hugging Face"
+            f" cache or reachable on its hub ({type(error).__name__}); give the path of a vocab.txt, or 'scenes' for"
+            " the embedded one"
+        ) from error

@@ -1,0 +1,88 @@
+"""What a task is: the training step, the evaluation, and which model methods they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from blip.batch import Batch, Output
+from blip.config.schema import RunConfig
+from blip.errors import ConfigError
+
+Prediction = dict[str, Any]
+
+
+class EvalData(Protocol):
+    """One split of one dataset, as evaluation sees it: this rank's share of it, in batches."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Number of samples on all ranks."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's samples in order, `dist.slices(len(self))`, with `index` (B,) their numbers."""
+        ...
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation gives: scores, and what the model said about each sample."""
+
+    metrics: dict[str, float]
+    predictions: list[Prediction] = field(default_factory=list)
+
+
+@dataclass
+class EvalContext:
+    """What an evaluation may use beside model and data."""
+
+    device: torch.device
+    batch_size: int
+    autocast: AbstractContextManager[Any]
+
+
+class Task:
+    """What counts as success.
+
+    `needs` lists the model methods the task calls and is checked before training; `monitor` names the
+    metric that decides the best checkpoint.
+    """
+
+    run_config_class: ClassVar[type[RunConfig]] = RunConfig
+    needs: ClassVar[tuple[str, ...]] = ()
+    monitor: ClassVar[str] = "loss"
+    dataset_kind: ClassVar[str] = "pairs"
+    """What evaluation data is made of: `pairs` (image, text) or `retrieval` (images, texts, who belongs to whom)."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config: Any = config
+
+    def check(self, model: Any) -> None:
+        """Raise where `model` cannot do this task.
+
+        Raises:
+            ConfigError: a method is missing.
+        """
+        missing = [name for name in self.needs if not hasattr(model, name)]
+        if missing:
+            raise ConfigError(
+                f"run.task: {type(self).__name__} needs a model with {', '.join(missing)}, which"
+                f" model.arch {model.config.arch!r} has not; choose another task or arch"
+            )
+
+    def train_step(self, model: Any, batch: dict[str, Any]) -> Output:
+        """The losses of one micro-batch; `model` may be wrapped for distributed training."""
+        return model(batch)
+
+    def evaluate(self, model: Any, data: Any, context: EvalContext) -> Evaluation:
+        """Scores on one split; called on every rank, in eval mode and without gradient.
+
+        The metrics are complete on every rank; predictions are this rank's share.
+        """
+        raise ConfigError(f"run.task: {type(self).__name__} has no evaluation; leave valid_splits and test_splits empty")
