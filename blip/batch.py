@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -58,6 +60,16 @@ class Output(dict[str, Any]):
     def scalars(self) -> dict[str, Tensor]:
         """The one-element tensors, detached: what the log shows."""
         return {k: v.detach() for k, v in self.items() if isinstance(v, Tensor) and v.numel() == 1}
+
+
+@dataclass
+class EvalContext:
+    """What an evaluation may use beside model and data."""
+
+    device: torch.device
+    batch_size: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+    """Makes the context that forward passes run in."""
 
 
 def _flatten(output: Output) -> tuple[list[Any], list[str]]:

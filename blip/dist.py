@@ -121,13 +121,13 @@ def all_true(flag: Tensor) -> bool:
     return bool(count)
 
 
-def any_true(flag: bool, device: torch.device | None = None) -> bool:
-    """Whether `flag` holds on any rank."""
+def any_flags(flags: list[bool], device: torch.device | None = None) -> list[bool]:
+    """For each flag, whether it holds on any rank."""
     if world_size() == 1:
-        return flag
-    count = torch.tensor(int(flag), device=device)
-    td.all_reduce(count, op=td.ReduceOp.MAX)
-    return bool(count)
+        return flags
+    counts = torch.tensor([int(flag) for flag in flags], device=device)
+    td.all_reduce(counts, op=td.ReduceOp.MAX)
+    return [bool(count) for count in counts.tolist()]
 
 
 def max_int(value: int, device: torch.device | None = None) -> int:

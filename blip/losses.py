@@ -110,7 +110,7 @@ def same_picture(rows: Tensor, columns: int, ids: Tensor | None, ids_all: Tensor
     return ids[:, None] == ids_all[None, :]
 
 
-def smoothed_targets(positive: Tensor, smoothing: float) -> Tensor:
+def smoothed_targets(positive: Tensor, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Equal shares over the positives, mixed with the uniform distribution (LAVIS `Blip2Qformer`).
 
     With one positive per row this is cross-entropy's usual label smoothing.
@@ -118,11 +118,12 @@ def smoothed_targets(positive: Tensor, smoothing: float) -> Tensor:
     Args:
         positive: bool (B, N), at least one True per row.
         smoothing: share of the uniform distribution.
+        dtype: of the result.
 
     Returns:
-        float32 (B, N), rows sum to 1.
+        (B, N), rows sum to 1.
     """
-    share = positive.float()
+    share = positive.to(dtype)
     return (1 - smoothing) * share / share.sum(dim=1, keepdim=True) + smoothing / positive.shape[1]
 
 

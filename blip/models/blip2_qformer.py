@@ -184,6 +184,10 @@ class Blip2Qformer(BlipModel):
             return batch["image_embeds"]
         return self.vision(batch["image"])
 
+    def trains_states(self, batch: dict[str, Any]) -> bool:
+        """Whether the tower's states have a gradient."""
+        return "image_embeds" not in batch and not self.vision.frozen
+
     def represent(self, batch: dict[str, Any], states: Tensor) -> Representation:
         """The uni-modal passes: image features from the queries alone, text features from [CLS] alone."""
         keys = self.image_keys(states)

@@ -138,7 +138,7 @@ def contrast(
     """
     own_id = None if pool.image_id is None else pool.image_id[pool.columns]
     positive = same_picture(pool.columns, pool.total, own_id, pool.image_id)
-    target = smoothed_targets(positive, smoothing)
+    target = smoothed_targets(positive, smoothing, temp.dtype)
     candidates = Candidates(pool.image_feats, pool.text_feats, target, target)
     itc = itc_loss(image_feats, text_feats, candidates, temp, batch.get("loss_rows"))
     rows = batch.get("rows", pool.columns)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import torch
-
-from blip.batch import Batch, Output
+from blip.batch import Batch, EvalContext, Output
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 
@@ -36,15 +33,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     predictions: list[Prediction] = field(default_factory=list)
-
-
-@dataclass
-class EvalContext:
-    """What an evaluation may use beside model and data."""
-
-    device: torch.device
-    batch_size: int
-    autocast: AbstractContextManager[Any]
 
 
 class Task:

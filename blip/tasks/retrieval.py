@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blip import dist
-from blip.batch import Batch, to_device
+from blip.batch import Batch, EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.metrics.retrieval import recalls_from_ranks
 from blip.registry import TASKS
-from blip.tasks.base import EvalContext, Evaluation, Prediction, Task
+from blip.tasks.base import Evaluation, Prediction, Task
 
 RERANK_ROWS = 128
 NOT_FOUND = 1 << 40
@@ -74,7 +74,7 @@ class Retrieval(Task):
     dataset_kind = "retrieval"
 
     def evaluate(self, model: Any, data: RetrievalData, context: EvalContext) -> Evaluation:
-        with context.autocast:
+        with context.autocast():
             image_feats, states = self._encode_images(model, data, context)
             tokens = _tokenize(model, data.text, self.config.eval_max_txt_len)
             text_feats = self._encode_texts(model, tokens, context)
@@ -86,7 +86,7 @@ class Retrieval(Task):
         if self.config.k_test:
             metrics = {f"itc_{name}": value for name, value in metrics.items()}
             to_texts, to_images = _candidates(sim, self.config.k_test, len(data))
-            with context.autocast:
+            with context.autocast():
                 itm = self._rerank(model, states, tokens, to_texts | to_images, context)
             scores = sim + itm
             metrics |= _recalls(scores, to_texts, to_images, truth)
