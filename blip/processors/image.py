@@ -147,7 +147,7 @@ class ClipImageEval(ImageProcessor):
 
     def arrange(self, image: Image.Image, rng: Generator) -> np.ndarray:
         """Resize and cut; nothing is random."""
-        # A strip 1 pixel wide would be blown up to gigabytes before the cut; its far ends cannot survive the cut.
+        # A strip one pixel wide would be blown up to gigabytes, of which only the middle is kept.
         longest = 32 * min(image.size)
         cut = [max(0, (side - longest) // 2) for side in image.size]
         if any(cut):

@@ -50,7 +50,7 @@ def test_defaults_are_those_of_lavis() -> None:
 
 
 @pytest.mark.parametrize("processor", ALL)
-def test_bytes_normalised_on_the_device_are_what_the_call_returns(processor: Any, picture: Image.Image) -> None:
+def test_bytes_normalised_on_the_device_are_what_the_call_gives(processor: Any, picture: Image.Image) -> None:
     processor = processor(image_size=24, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
     pixels = processor.pixels(picture, np.random.default_rng(3))
     assert (pixels.shape, pixels.dtype, pixels.is_contiguous()) == ((3, 24, 24), torch.uint8, True)
@@ -88,7 +88,8 @@ def test_rand_augment_draws_two_of_ten_and_applies_half(
     monkeypatch: pytest.MonkeyPatch, picture: Image.Image
 ) -> None:
     applied: list[tuple[str, int]] = []
-    monkeypatch.setattr(module, "apply_operation", lambda name, image, sign: applied.append((name, sign)) or image)
+    note = lambda name, image, sign: applied.append((name, sign)) or image  # noqa: E731
+    monkeypatch.setattr(module, "apply_operation", note)
     for i in range(1000):
         rand_augment(picture, keyed.generator(i))
     names = [name for name, _ in applied]
@@ -122,7 +123,10 @@ def test_warps_are_the_naive_loop(name: str, sign: int) -> None:
         "ShearY": lambda x, y: (x, y - sign * 0.15 * x),
         "TranslateX": lambda x, y: (x + sign * 5, y),
         "TranslateY": lambda x, y: (x, y + sign * 5),
-        "Rotate": lambda x, y: (11 + cos * (x - 11) - sin * (y - 7.5), 7.5 + sin * (x - 11) + cos * (y - 7.5)),
+        "Rotate": lambda x, y: (
+            11 + cos * (x - 11) - sin * (y - 7.5),
+            7.5 + sin * (x - 11) + cos * (y - 7.5),
+        ),
     }[name]
     ours = np.asarray(apply_operation(name, Image.fromarray(array), sign))
     # Rounding to whole grey levels, and float32 coordinates at its boundaries.
