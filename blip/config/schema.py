@@ -85,8 +85,8 @@ class DatasetConfig(Section):
     format: Literal["auto", "json", "jsonl", "csv", "tsv", "folder", "shards", "hf"] = "auto"
     """Layout of `path`; `auto` tells by name and content."""
     split: str | None = None
-    """Split that a plain `path` belongs to, or the only one to use of several; None: train for a plain `path`,
-    all for a catalogue name."""
+    """Split that a plain `path` belongs to, or the only one to use of several; None: train for a plain
+    `path`, all for a catalogue name."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the file's name, for image, caption, image_id, question, answer, ..."""
     image_ids: bool = True

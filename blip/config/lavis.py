@@ -1,0 +1,246 @@
+"""LAVIS's keys in our terms: renamed, ignored with the reason, or refused with the reason.
+
+`translate` works on the sections as written, before they are typed, so that LAVIS's own files of the BLIP
+family are accepted as they are and nothing in them is dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip.registry import PROCESSORS, TASKS
+
+LAUNCH = "torchrun's environment says how many processes there are and how they meet"
+UNRELEASED = "it belongs to a runner that LAVIS never released"
+ONE_LOOP = "epochs and iterations are numbers of one training loop (max_epoch, max_iters)"
+
+IGNORED_ROOTS = {
+    "env": "datasets lie below run.data_root or the environment variable BLIP_DATA",
+    "preprocess": "processors are part of each dataset's section",
+}
+IGNORED_RUN = {
+    "runner": ONE_LOOP,
+    "dist_url": LAUNCH,
+    "world_size": LAUNCH,
+    "distributed": LAUNCH,
+    "gpu": LAUNCH,
+    "rank": LAUNCH,
+    "dist_backend": LAUNCH,
+    "save_last": "the last checkpoint is always kept",
+    "use_dist_eval_sampler": "evaluation is spread over all processes and exact for every task",
+    "use_datapipe": "the format of a dataset is recognised by its path",
+    "task_config": UNRELEASED,
+}
+IGNORED_MODEL = {
+    "med_config_path": "the sizes of the text model are keys of the model section",
+    "format_candidates_prompt": "it serves 3D classification, which is no part of the BLIP family",
+    "predict_with_gen": "it serves 3D classification, which is no part of the BLIP family",
+}
+IGNORED_DATASET = {
+    "batch_size": "batches are made after mixing; run.batch_size_train says how large",
+    "kw_processor": "no model of the BLIP family reads keywords",
+    "pc_processor": "point clouds are no part of the BLIP family",
+    "audio_processor": "audio is no part of the BLIP family",
+}
+TASK_KEYS = {
+    **dict.fromkeys(("max_len", "min_len", "num_beams", "length_penalty"), "generating tasks"),
+    **dict.fromkeys(("repetition_penalty", "top_p", "temperature"), "generating tasks"),
+    **dict.fromkeys(("inference_method", "num_ans_candidates", "prompt"), "question-answering tasks"),
+    **dict.fromkeys(("ques_files", "anno_files"), "question-answering tasks"),
+    **dict.fromkeys(("report_metric", "annotation_file", "caption_key", "img_ids"), "captioning"),
+    **dict.fromkeys(("load_gt_from_file", "sample_id_key"), "captioning and question-answering tasks"),
+    "k_test": "retrieval",
+    "segments": "video classification",
+}
+"""Run keys that belong to some task; with another task they have no effect."""
+
+MODEL_TYPES = {("blip_caption", "base"): "base_coco", ("blip_caption", "large"): "large_coco"}
+"""Model types that LAVIS's files name but its zoo does not have."""
+
+DOWNLOAD = "nothing is downloaded here; the files of `storage` have to be in place"
+VIDEO = "reads videos, and this library reads pictures only"
+REFUSED_PROCESSORS = {
+    "alpro_video_train": VIDEO,
+    "alpro_video_eval": VIDEO,
+    "gpt_video_ft": VIDEO,
+    "gpt_dialogue": "serves video dialogue, and this library reads pictures only",
+    "ulip_pc": "reads point clouds, and this library reads pictures only",
+}
+REFUSED_TASKS = {
+    "dialogue": "video dialogue is no part of the BLIP family",
+    "instruct_tuning": UNRELEASED,
+}
+
+LAUNCH_KEYS = ("dist_url", "world_size", "distributed", "runner")
+"""Keys that tell a file written for LAVIS: every file of its `projects` folder has some of them."""
+
+LAVIS_SCHEDULE = (
+    "counted and scheduled per optimizer step here; run.lr_per_epoch=true gives LAVIS's staircase, whose"
+    " warm-up ends with the first epoch"
+)
+
+
+@dataclass
+class Translation:
+    """One source of the configuration in our keys."""
+
+    tree: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """`key: what became of it`."""
+    problems: list[str] = field(default_factory=list)
+    """Keys that cannot be translated, `key: reason`."""
+
+    def note(self, key: str, text: str) -> None:
+        self.notes.append(f"{key}: {text}")
+
+    def refuse(self, key: str, text: str) -> None:
+        self.problems.append(f"{key}: {text}")
+
+
+Change = Callable[[Translation, dict[str, Any], Collection[str]], None]
+
+
+def translate(tree: dict[str, Any], run_keys: Collection[str], model_keys: Collection[str]) -> Translation:
+    """The sections with LAVIS's keys replaced by ours.
+
+    Args:
+        tree: `model`, `datasets`, `run` as a file or the command line gives them; left as it is.
+        run_keys: keys that the task's run section has; such a key is never translated.
+        model_keys: the same for the model.
+
+    Returns:
+        What remains to be typed, with one note per key that was ignored or changed.
+    """
+    result = Translation(dict(tree))
+    for key, reason in IGNORED_ROOTS.items():
+        if key in result.tree:
+            del result.tree[key]
+            result.note(key, f"ignored: {reason}")
+    changes: dict[str, tuple[Change, Collection[str]]]
+    changes = {"model": (_model, model_keys), "datasets": (_datasets, ()), "run": (_run, run_keys)}
+    for name, (change, keys) in changes.items():
+        if isinstance(result.tree.get(name), dict):
+            result.tree[name] = dict(result.tree[name])
+            change(result, result.tree[name], keys)
+    return result
+
+
+def _model(result: Translation, model: dict[str, Any], keys: Collection[str]) -> None:
+    _ignore(result, model, "model", IGNORED_MODEL, keys)
+    arch, model_type = model.get("arch"), model.get("model_type")
+    if isinstance(arch, str) and isinstance(model_type, str) and (arch, model_type) in MODEL_TYPES:
+        model["model_type"] = MODEL_TYPES[arch, model_type]
+        result.note("model.model_type", f"{model_type} is called {model['model_type']} in LAVIS's model zoo")
+
+
+def _datasets(result: Translation, datasets: dict[str, Any], _: Collection[str]) -> None:
+    for name, given in datasets.items():
+        if not isinstance(given, dict):
+            continue
+        entry = datasets[name] = dict(given)
+        where = f"datasets.{name}"
+        _ignore(result, entry, where, IGNORED_DATASET, ())
+        kinds = entry.get("data_type")
+        if isinstance(kinds, list) and "images" in kinds:
+            entry["data_type"] = "images"
+            result.note(f"{where}.data_type", f"only the pictures of {kinds} are used")
+        elif kinds == "videos":
+            result.refuse(f"{where}.data_type", f"videos: a dataset of this type {VIDEO}")
+            del entry["data_type"]
+        _processors(result, entry, where)
+        if _has_url(entry.get("build_info")):
+            result.note(f"{where}.build_info", DOWNLOAD)
+
+
+def _processors(result: Translation, entry: dict[str, Any], where: str) -> None:
+    for kind in ("vis_processor", "text_processor"):
+        stages = entry.get(kind)
+        for stage, options in stages.items() if isinstance(stages, dict) else ():
+            name = options.get("name") if isinstance(options, dict) else None
+            if isinstance(name, str) and name in REFUSED_PROCESSORS and name not in PROCESSORS:
+                result.refuse(f"{where}.{kind}.{stage}.name", f"{name} {REFUSED_PROCESSORS[name]}")
+
+
+def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> None:
+    from_lavis = any(key in run for key in LAUNCH_KEYS)
+    _ignore(result, run, "run", IGNORED_RUN, keys)
+    for key in [k for k in run if k in TASK_KEYS and k not in keys]:
+        del run[key]
+        result.note(f"run.{key}", f"ignored: it is read by {TASK_KEYS[key]} only")
+    task = run.get("task")
+    if isinstance(task, str) and task in REFUSED_TASKS and task not in TASKS:
+        result.refuse("run.task", f"{task}: {REFUSED_TASKS[task]}")
+    _rename(result, run, "resume_ckpt_path", "resume")
+    if "amp" in run:
+        amp = run.pop("amp")
+        if run.setdefault("precision", "auto" if amp else "fp32") not in ("auto", "fp32"):
+            result.note("run.amp", f"ignored: run.precision={run['precision']} is given too")
+        elif not isinstance(amp, bool):
+            result.refuse("run.amp", f"{amp!r} is not true or false")
+    _ratios(result, run)
+    _frequencies(result, run, from_lavis)
+    if from_lavis and run.get("device") == "cuda":
+        run["device"] = "auto"
+        result.note("run.device", "cuda is read as auto, since every file of LAVIS has it")
+    if from_lavis and run.get("warmup_lr") == -1:
+        run["warmup_lr"] = run.get("init_lr", 0.0)
+    if from_lavis and "lr_sched" in run and not run.get("evaluate"):
+        result.note("run.lr_sched", LAVIS_SCHEDULE)
+    if from_lavis and run.get("accum_grad_iters", 1) != 1:
+        result.note("run.accum_grad_iters", "steps are counted after accumulation here, before it in LAVIS")
+
+
+def _ratios(result: Translation, run: dict[str, Any]) -> None:
+    ratios = run.pop("train_dataset_ratios", None)
+    if ratios is None:
+        return
+    datasets = result.tree.get("datasets")
+    if not isinstance(ratios, dict) or not isinstance(datasets, dict):
+        result.refuse("run.train_dataset_ratios", "write datasets.NAME.sample_ratio instead")
+        return
+    for name, ratio in ratios.items():
+        if name not in datasets:
+            result.refuse(f"run.train_dataset_ratios.{name}", "there is no such dataset in this file")
+            continue
+        datasets[name] = {**(datasets[name] or {})}
+        datasets[name].setdefault("sample_ratio", ratio)
+    result.note("run.train_dataset_ratios", "became datasets.*.sample_ratio")
+
+
+def _frequencies(result: Translation, run: dict[str, Any], from_lavis: bool) -> None:
+    """Inner epochs become step counts; LAVIS's `save_freq` counts epochs, ours optimizer steps."""
+    save = run.get("save_freq")
+    if isinstance(save, int) and (save < 0 or from_lavis):
+        run["save_freq"] = None
+        text = f"{save} (epochs) ignored: checkpoints are made at evaluations and at the end"
+        result.note("run.save_freq", text)
+    inner = run.pop("iters_per_inner_epoch", None)
+    if inner is None:
+        return
+    for key in ("eval_freq", "save_freq"):
+        if run.get(key) is None:
+            run[key] = inner
+    result.note("run.iters_per_inner_epoch", f"{inner} became run.eval_freq and run.save_freq")
+
+
+def _rename(result: Translation, section: dict[str, Any], old: str, new: str) -> None:
+    if old not in section:
+        return
+    value = section.pop(old)
+    if section.setdefault(new, value) != value:
+        result.note(f"run.{old}", f"ignored: run.{new}={section[new]} is given too")
+
+
+def _ignore(
+    result: Translation, section: dict[str, Any], where: str, table: dict[str, str], keys: Collection[str]
+) -> None:
+    for key in [k for k in section if k in table and k not in keys]:
+        value = section.pop(key)
+        shown = f"{value} " if isinstance(value, (str, int, float)) else ""
+        result.note(f"{where}.{key}", f"{shown}ignored: {table[key]}")
+
+
+def _has_url(tree: Any) -> bool:
+    return isinstance(tree, dict) and any(key == "url" or _has_url(value) for key, value in tree.items())
