@@ -1,0 +1,192 @@
+"""Record and picture -> sample, or the cause why not. The same for files, shards and evaluation."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from blip.errors import DataError
+
+MALFORMED = "__malformed__"
+"""Key of a record that could not be parsed; its value says why."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
+MAX_PIXELS = 89_478_485
+"""Pictures with more are refused: Pillow's own bound, a quarter of a gigabyte in RGB."""
+
+
+class Sample(TypedDict, total=False):
+    """One row of a batch, before collation."""
+
+    image: Tensor
+    """uint8 (3, H, W)."""
+    image_norm: Tensor
+    """float32 (2, 3): mean and std in units of [0, 1]."""
+    text_input: str
+    """Prompt and cleaned text."""
+    image_id: int
+    """Number of the picture within its dataset, from 0."""
+    instance_id: str
+    """Name of the record, for reports and predictions."""
+
+
+class BadRecord(DataError):
+    """A record that gives no sample: it is skipped, counted by `cause` and listed by `name`.
+
+    Causes: missing_image, empty_image, truncated_image, unreadable_image, too_large, no_caption, bad_text,
+    malformed_record; shards add their own.
+
+    Args:
+        cause: one word for the count.
+        name: of the record, as in `instance_id`.
+        detail: file and reason, for a person.
+    """
+
+    def __init__(self, cause: str, name: str, detail: str = "") -> None:
+        super().__init__(f"{name}: {cause}" + (f" ({detail})" if detail else ""))
+        self.cause, self.name, self.detail = cause, name, detail
+
+    def __reduce__(self) -> tuple[Any, ...]:  # exceptions pickle their message only, workers send these
+        return type(self), (self.cause, self.name, self.detail)
+
+
+class VisProcessor(Protocol):
+    """What a sample needs of an image processor."""
+
+    def pixels(self, image: Image.Image, rng: Generator | None = None) -> Tensor: ...
+
+    def norm(self) -> Tensor: ...
+
+
+@dataclass
+class SampleMaker:
+    """Makes samples of one dataset and stage; picklable.
+
+    Args:
+        vis_processor: picture -> uint8 (3, H, W).
+        text_processor: text -> cleaned text.
+        prompt: put in front of every cleaned text.
+        columns: our name -> the record's name, where they differ.
+    """
+
+    vis_processor: VisProcessor
+    text_processor: Callable[[str], str]
+    prompt: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(
+        self, record: Mapping[str, Any], image: bytes | str | Path, name: str, rng: Generator | None = None
+    ) -> Sample:
+        """The sample of a record.
+
+        Args:
+            record: with a caption; of a list of captions `rng` draws one.
+            image: content or path of the picture.
+            name: becomes `instance_id`.
+            rng: source of all randomness; None takes a fresh, unseeded one.
+
+        Raises:
+            BadRecord: no usable text or picture.
+        """
+        rng = np.random.default_rng() if rng is None else rng
+        text = self.text(self.captions(record, name), name, rng)
+        return {**self.picture(image, name, rng), "text_input": text}
+
+    def captions(self, record: Mapping[str, Any], name: str) -> Any:
+        """What the record has as caption: normally a string or a list of strings."""
+        if MALFORMED in record:
+            raise BadRecord("malformed_record", name, str(record[MALFORMED]))
+        return record.get(self.columns.get("caption", "caption"))
+
+    def text(self, caption: Any, name: str, rng: Generator | None = None) -> str:
+        """Prompt and cleaned caption.
+
+        Raises:
+            BadRecord: no_caption where nothing is left after cleaning; bad_text where it is no text.
+        """
+        if isinstance(caption, list) and caption:
+            rng = np.random.default_rng() if rng is None else rng
+            caption = caption[int(rng.integers(len(caption)))]
+        if caption is None or caption == []:
+            raise BadRecord("no_caption", name)
+        if not isinstance(caption, str):
+            raise BadRecord("bad_text", name, f"the caption is {type(caption).__name__}, not text")
+        if not caption.isascii():
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise BadRecord("bad_text", name, "the caption is not valid UTF-8") from error
+        text = self.text_processor(caption)
+        # Text processors may add a prompt of their own, so "nothing" is what they make of no text.
+        if text.strip() == self.text_processor("").strip():
+            raise BadRecord("no_caption", name, f"nothing is left of {caption[:40]!r} after cleaning")
+        return self.prompt + text
+
+    def picture(self, image: bytes | str | Path, name: str, rng: Generator | None = None) -> Sample:
+        """`image`, `image_norm` and `instance_id` of a picture.
+
+        Raises:
+            BadRecord: the picture is missing or cannot be decoded.
+        """
+        pixels = self.vis_processor.pixels(read_image(image, name), rng)
+        return {"image": pixels, "image_norm": self.vis_processor.norm(), "instance_id": name}
+
+
+def read_image(image: bytes | str | Path, name: str) -> Image.Image:
+    """The decoded picture, first frame, in whatever mode it is stored.
+
+    A picture that ends early is never filled up with grey, and one of more than `MAX_PIXELS` pixels is
+    refused before it is decoded. Vector and script formats are not read: decoding those may run programs.
+
+    Raises:
+        BadRecord: with the cause.
+    """
+    where = "" if isinstance(image, bytes) else str(image)
+    try:
+        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_formats())
+        with opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                size = f"{opened.width} x {opened.height}"
+                raise BadRecord("too_large", name, f"{where} has {size} pixels".strip())
+            opened.load()
+            # `with` closes the file, not the pixels; a copy-free way to keep them is the object itself.
+            return opened
+    except BadRecord:
+        raise
+    except Exception as error:  # decoders of hostile files raise whatever they like; all of it is counted
+        raise BadRecord(_cause(error, image), name, f"{where}: {error}".removeprefix(": ")) from error
+
+
+def _cause(error: Exception, image: bytes | str | Path) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "missing_image"
+    bomb = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
+    if isinstance(error, bomb):
+        return "too_large"
+    if isinstance(error, UnidentifiedImageError) and _is_empty(image):
+        return "empty_image"
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return "truncated_image"
+    return "unreadable_image"
+
+
+def _is_empty(image: bytes | str | Path) -> bool:
+    return (len(image) if isinstance(image, bytes) else os.path.getsize(image)) == 0
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats of `_FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
