@@ -1,4 +1,4 @@
-"""Map-style datasets: pairs to train on, pictures and texts to evaluate on; and the count of what is skipped."""
+"""Map-style datasets: pairs to train on, pictures and texts to evaluate on; the count of what is skipped."""
 
 from __future__ import annotations
 
@@ -84,19 +84,16 @@ class PairDataset:
         name = self._name(number, which)
         record = self.records[number]
         captions = self.maker.captions(record, name)
-        if which is not None and isinstance(captions, list) and captions:
+        if isinstance(captions, list) and captions:
             record = {**record, "caption": captions[which]}
         rng = keyed.generator(seed, "augment", self.name, epoch, index)
-        try:
-            sample = self.maker(record, self.records.image(number, record), name, rng)
-        except KeyError as error:
-            raise BadRecord("missing_image", name, f"the record has no {error}") from error
+        sample = self.maker(record, _source(self.records, number, record, name), name, rng)
         if self.image_ids:
             sample["image_id"] = int(self.records.pictures[number])
         return sample
 
     def sample_or_substitute(self, index: int, epoch: int, seed: int) -> tuple[Sample, list[BadRecord]]:
-        """Sample `index`, or where it is bad another one, and the bad records met on the way.
+        """Sample `index`, or another one where it is bad; and the bad records met on the way.
 
         The substitute is a function of the arguments too, so batches keep their size and a resumed or
         redistributed run sees the same ones.
@@ -119,14 +116,14 @@ class PairDataset:
             f" see 'blip data check', and whether datasets.{self.name}.images is the folder of its pictures"
         )
 
-    def _locate(self, index: int) -> tuple[int, int | None]:
+    def _locate(self, index: int) -> tuple[int, int]:
         """(record, which of its captions) of a sample."""
         if self._ends is None:
             return index, 0
         number = int(np.searchsorted(self._ends, index, side="right"))
         return number, index - (int(self._ends[number - 1]) if number else 0)
 
-    def _name(self, number: int, which: int | None) -> str:
+    def _name(self, number: int, which: int) -> str:
         return f"{self.name}/{number}" + (f"#{which}" if which else "")
 
 
@@ -202,7 +199,9 @@ class EvalPairs:
         Raises:
             BadRecord: it cannot be read.
         """
-        sample = self.maker.picture(self._source(index), self.instance_id(index), self._rng(index))
+        # Evaluation processors draw nothing; with a training one, pictures are at least the same each time.
+        rng = keyed.generator(0, "evaluate", self.name, index)
+        sample = self.maker.picture(self._source(index), self.instance_id(index), rng)
         sample["image_id"] = index
         return sample
 
@@ -210,10 +209,13 @@ class EvalPairs:
         """Text number `text` with its picture, for losses on held-out pairs."""
         return {**self.image(self.txt2img[text]), "text_input": self.text[text]}
 
-    def verified(self, threads: int | None = None) -> EvalPairs:
-        """These pairs without the pictures that cannot be decoded; every rank reads its share of them.
+    def verify(self, threads: int | None = None) -> EvalPairs:
+        """Leave out the pictures that cannot be decoded; every rank reads its share of them.
 
         What is left out is added to `bad` and reported. Call it on every rank.
+
+        Returns:
+            Itself.
         """
         start, end = dist.slices(len(self))[dist.rank()]
         with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:  # decoders release the lock
@@ -241,13 +243,14 @@ class EvalPairs:
 
     def _source(self, index: int) -> str | bytes:
         number = self._first[index]
-        try:
-            return self.records.image(number, self.records[number])
-        except KeyError as error:
-            raise BadRecord("missing_image", self.instance_id(index), f"the record has no {error}") from error
+        return _source(self.records, number, self.records[number], self.instance_id(index))
 
-    def _rng(self, index: int) -> np.random.Generator:
-        return keyed.generator(0, "evaluate", self.name, index)
+
+def _source(records: Records, number: int, record: dict[str, Any], name: str) -> str | bytes:
+    try:
+        return records.image(number, record)
+    except KeyError as error:
+        raise BadRecord("missing_image", name, f"the record has no {error}") from error
 
 
 def _causes(bad: Iterable[BadRecord]) -> str:
