@@ -263,8 +263,8 @@ class SkipLog:
     Args:
         folder: run folder; each distinct record is listed once in `skipped.jsonl` there (`skipped-N.jsonl` by
             rank N > 0), also over several runs in it. None lists nothing.
-        max_bad_ratio: share of a dataset's reads that may fail.
-        min_reads: reads of a dataset before its share is judged.
+        max_bad_ratio: share of reads that may fail.
+        min_reads: reads before the share is judged.
     """
 
     def __init__(self, folder: Path | None = None, max_bad_ratio: float = 0.05, min_reads: int = 200) -> None:
@@ -272,22 +272,31 @@ class SkipLog:
         self.path = folder / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl") if folder else None
         self.max_bad_ratio = max_bad_ratio
         self.min_reads = min_reads
-        self.good: Counter[str] = Counter()
+        self.good = 0
         self.counts: dict[str, Counter[str]] = {}
         self._listed: set[tuple[str, str, str]] = set()
         if self.path and self.path.is_file():
-            self._listed = {
-                _listing(line) for line in self.path.read_text().splitlines() if line.endswith("}")
-            }
+            lines = self.path.read_text().splitlines()
+            self._listed = {_listing(line) for line in lines if line.endswith("}")}  # the last may be half
 
-    def add(self, dataset: str, bad: Sequence[Any]) -> None:
-        """Count and list bad records of a dataset, each with `cause` and `name`.
+    @property
+    def total(self) -> int:
+        """Bad records so far."""
+        return sum(counts.total() for counts in self.counts.values())
+
+    def update(self, bad: Sequence[tuple[str, Any]], good: int = 0) -> None:
+        """Count good samples, and count and list bad records.
+
+        Args:
+            bad: (dataset, BadRecord) of each.
+            good: number of samples that could be read.
 
         Raises:
-            DataError: too large a share of its reads failed.
+            DataError: too large a share could not.
         """
+        self.good += good
         lines = []
-        for error in bad:
+        for dataset, error in bad:
             self.counts.setdefault(dataset, Counter())[error.cause] += 1
             if (dataset, error.name, error.cause) not in self._listed:
                 self._listed.add((dataset, error.name, error.cause))
@@ -299,45 +308,30 @@ class SkipLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-        if bad:
-            self._judge(dataset)
-
-    def seen(self, dataset: str, count: int) -> None:
-        """Count good samples of a dataset."""
-        self.good[dataset] += count
-
-    @property
-    def total(self) -> int:
-        """Bad records so far, of all datasets."""
-        return sum(counts.total() for counts in self.counts.values())
+        reads = self.total + self.good
+        if bad and reads >= self.min_reads and self.total > self.max_bad_ratio * reads:
+            listed = f"; they are listed in {self.path}" if self.path else ""
+            raise DataError(
+                f"{self.total} of {reads} records cannot be read ({self.summary()}), more than"
+                f" run.max_bad_ratio={self.max_bad_ratio:g} allows{listed}; mend the data, or raise the ratio"
+            )
 
     def summary(self) -> str:
-        """One line: what was skipped per dataset and cause; empty when nothing was."""
+        """What was skipped, per dataset and cause; empty when nothing was."""
         parts = []
         for dataset, counts in self.counts.items():
             causes = ", ".join(f"{n} {cause}" for cause, n in counts.most_common())
-            parts.append(f"{dataset}: {counts.total()} of {counts.total() + self.good[dataset]} ({causes})")
+            parts.append(f"{dataset}: {causes}")
         return "; ".join(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts, as plain dictionaries."""
-        return {"good": dict(self.good), "bad": {name: dict(counts) for name, counts in self.counts.items()}}
+        """The counts, as plain values."""
+        return {"good": self.good, "bad": {name: dict(counts) for name, counts in self.counts.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from `state`."""
-        self.good = Counter(state["good"])
+        self.good = state["good"]
         self.counts = {name: Counter(counts) for name, counts in state["bad"].items()}
-
-    def _judge(self, dataset: str) -> None:
-        counts = self.counts[dataset]
-        bad, reads = counts.total(), counts.total() + self.good[dataset]
-        if reads >= self.min_reads and bad > self.max_bad_ratio * reads:
-            causes = ", ".join(f"{n} {cause}" for cause, n in counts.most_common())
-            listed = f"; they are listed in {self.path}" if self.path else ""
-            raise DataError(
-                f"datasets.{dataset}: {bad} of {reads} records cannot be read ({causes}), more than"
-                f" run.max_bad_ratio={self.max_bad_ratio:g} allows{listed}; mend the data, or raise the ratio"
-            )
 
 
 def _listing(line: str) -> tuple[str, str, str]:
