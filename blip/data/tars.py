@@ -1,0 +1,172 @@
+"""Plain tar files read in place: which samples a shard holds, and the bytes of their members.
+
+Headers are read in sequence, pictures and texts where a header says they are, when they are needed. Nothing
+is extracted, unpickled or executed, and members of unknown kind are ignored.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from blip.data.samples import BadRecord
+from blip.errors import ConfigError, DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+TEXTS = ("json", "txt")
+
+_MAX_BYTES = 1 << 28
+_TAR_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, EOFError)
+
+
+class Ref(NamedTuple):
+    """Where a sample's members are: `files` maps an extension to (offset, bytes) in the shard."""
+
+    shard: int
+    key: str
+    files: dict[str, tuple[int, int]]
+
+
+def expand(pattern: str) -> list[str]:
+    """All names that `{000..012}` and `{a,b}` in `pattern` stand for, in order; several may occur."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if span:
+        width = len(span[1]) if span[1].startswith("0") else 0
+        parts = [str(number).zfill(width) for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        parts = found[1].split(",")
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [name for part in parts for name in expand(head + part + tail)]
+
+
+def find_shards(pattern: str | Path, root: str | Path | None = None) -> list[Path]:
+    """The shard files that `pattern` names: a file, a folder of `.tar` files, `*`, or braces.
+
+    Args:
+        pattern: path or pattern, relative to `root`.
+        root: folder that relative patterns start from.
+
+    Raises:
+        DataError: there is none, or a name that braces stand for is missing.
+        ConfigError: a url, command or compressed archive.
+    """
+    text = str(pattern)
+    if re.match(r"(pipe|https?|s3|gs|hdfs|ftp):", text):
+        raise ConfigError(
+            f"shards {text!r}: not a file; copy the shards to a disk, and give path/{{000..012}}.tar"
+        )
+    if text.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+        raise ConfigError(
+            f"shards {text!r}: compressed archives have no random access; unpack them to plain .tar"
+        )
+    paths = []
+    missing = []
+    for name in expand(text):
+        path = Path(root or "", name)
+        if path.is_dir():
+            paths += sorted(path.glob("*.tar"))
+        elif path.is_file():
+            paths.append(path)
+        elif glob.has_magic(name):
+            paths += sorted(Path(match) for match in glob.glob(str(path)) if match.endswith(".tar"))
+        else:
+            missing.append(str(path))
+    if missing:
+        raise DataError(
+            f"shards {text!r}: {len(missing)} of {len(missing) + len(paths)} files are missing, the first is"
+            f" {missing[0]!r}; complete them, or take what is there with a pattern such as '*.tar'"
+        )
+    if not paths:
+        raise DataError(f"shards {text!r}: no .tar file there{f' (below {str(root)!r})' if root else ''}")
+    return paths
+
+
+def scan(path: Path, shard: int, label: str) -> Iterator[Ref | BadRecord]:
+    """The samples of a shard in stored order: adjacent members of equal name up to the first dot.
+
+    A BadRecord stands where the shard cannot be read (any further).
+
+    Args:
+        path: the shard.
+        shard: its number, for the references.
+        label: its name, for the bad records.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from _groups(tar, path.stat().st_size, shard, label)
+    except _TAR_ERRORS:
+        yield BadRecord("unreadable_shard", label)
+
+
+def _groups(tar: tarfile.TarFile, size: int, shard: int, label: str) -> Iterator[Ref | BadRecord]:
+    ref = Ref(shard, "", {})
+    for key, extension, place in _members(tar, size):
+        if place is None:
+            # What stands before the break may be half a sample; the rest of it is lost then.
+            if _complete(ref):
+                yield ref
+            yield BadRecord("truncated_shard", label)
+            return
+        if key != ref.key:
+            if ref.files:
+                yield ref
+            ref = Ref(shard, key, {})
+        ref.files.setdefault(extension, place)
+    if ref.files:
+        yield ref
+
+
+def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
+    """(key, extension, (offset, bytes)) of the known members; None for the place where the tar breaks off."""
+    last = -1
+    while True:
+        try:
+            info = tar.next()
+        except _TAR_ERRORS:
+            break
+        if info is None:
+            # tarfile takes a broken header for the end; the true end is a block of zeros.
+            tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
+            if tar.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+                return
+            break
+        tar.members.clear()  # type: ignore[attr-defined]
+        if info.size < 0 or info.offset_data <= last or info.offset_data + info.size > size:
+            break
+        last = info.offset_data
+        folder, _, base = info.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and stem and extension in IMAGES + TEXTS:
+            yield (f"{folder}/{stem}" if folder else stem), extension, (info.offset_data, info.size)
+    yield "", "", None
+
+
+def _complete(ref: Ref) -> bool:
+    return any(e in ref.files for e in IMAGES) and any(e in ref.files for e in TEXTS)
+
+
+def payload(file: IO[bytes], place: tuple[int, int], name: str) -> bytes:
+    """A member's bytes from its opened shard.
+
+    Raises:
+        BadRecord: it is not there, or larger than 256 MiB.
+    """
+    offset, size = place
+    if size > _MAX_BYTES:
+        raise BadRecord("too_large", name)
+    try:
+        file.seek(offset)
+        data = file.read(size)
+    except OSError as error:
+        raise BadRecord("unreadable_shard", name) from error
+    if len(data) < size:
+        raise BadRecord("truncated_shard", name)
+    return data
