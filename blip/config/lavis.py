@@ -204,8 +204,8 @@ def _ratios(result: Translation, run: dict[str, Any]) -> None:
         if name not in datasets:
             result.refuse(f"run.train_dataset_ratios.{name}", "there is no such dataset in this file")
             continue
-        datasets[name] = {**(datasets[name] or {})}
-        datasets[name].setdefault("sample_ratio", ratio)
+        if isinstance(datasets[name], dict):
+            datasets[name] = {"sample_ratio": ratio, **datasets[name]}
     result.note("run.train_dataset_ratios", "became datasets.*.sample_ratio")
 
 

@@ -27,6 +27,7 @@ Path = tuple[str, ...]
 T = TypeVar("T")
 
 SECTIONS = ("model", "datasets", "run")
+DICTS = (dict[str, Any], dict[str, str], dict[str, dict[str, Any]])
 PROCESSOR_KINDS = ("vis_processor", "text_processor")
 COMMAND_LINE = "command line"
 FEW_KEYS = 16
@@ -155,11 +156,11 @@ class _Loader:
 
     def _below(self, path: Path, key: str) -> Path | None:
         """The key that a section or one of its parts calls `key` in an error message."""
-        inside = [known for known in self.valid if f".{known}".endswith(f".{key}")]
-        inside = [known for known in inside if known.startswith(f"{'.'.join(path)}.")]
-        exact = ".".join((*path, key))
-        known = exact if exact in inside else inside[0] if len(inside) == 1 else None
-        return (*path, *known.removeprefix(f"{'.'.join(path)}.").split(".")) if known else None
+        above = f"{'.'.join(path)}."
+        if above + key.partition(".")[0] in self.valid:
+            return (*path, *key.split("."))
+        inside = [known for known in self.valid if known.startswith(above) and known.endswith(f".{key}")]
+        return (*path, *inside[0].removeprefix(above).split(".")) if len(inside) == 1 else None
 
     def _sections(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Sections that are empty or absent become empty dictionaries."""
@@ -181,7 +182,7 @@ class _Loader:
         name = self._given(section, key)
         if isinstance(name, str) and name in registry:
             return registry.get(name)
-        if section == "run" and name in lavis.REFUSED_TASKS:
+        if section == "run" and str(name) in lavis.REFUSED_TASKS:
             return None  # refused with a better reason
         text = f"missing; choose from {', '.join(registry.names())}"
         if name:
@@ -253,6 +254,8 @@ class _Loader:
                 self.problem(here, f"no such key{self._suggest(here)}")
                 continue
             part = section_of(hints[key])
+            if value is None and hints[key] in (part, *DICTS):
+                continue  # a section of which all lines are commented out
             if part is not None and isinstance(value, dict):
                 if node._get_node(key) is None or OmegaConf.is_missing(node, key) or node[key] is None:
                     node[key] = OmegaConf.structured(part)

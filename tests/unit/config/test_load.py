@@ -217,6 +217,19 @@ def test_an_empty_dataset_section_means_the_catalogue_entry(write: Write) -> Non
     assert load_config(name, known_datasets=["scenes"]).datasets == {"scenes": DatasetConfig()}
 
 
+def test_a_section_with_nothing_in_it_keeps_the_defaults(write: Write) -> None:
+    config = load_config(
+        write(BASIC), ["datasets.mine.build_info=null", "model.head=null", "model.vit.depth=3"]
+    )
+    assert config.datasets["mine"].build_info == {}
+    assert asdict(load_config("recipe.yaml", ["model.vit=null", "model.model_type=pretrain"]).model)[
+        "vit"
+    ] == {
+        "width": None,
+        "depth": None,
+    }
+
+
 def test_sections_and_processors_merge_key_by_key(write: Write) -> None:
     config = load_config(
         write(BASIC),
