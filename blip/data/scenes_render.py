@@ -6,7 +6,7 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from blip import keyed
 from blip.data.scenes_world import Scene, Thing
@@ -65,47 +65,43 @@ def _draw(canvas: np.ndarray, thing: Thing, size: int) -> None:
     turn = math.radians(thing.angle)
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     points = outline(thing.shape) @ rotation * (thing.radius * scale) + offset
-    fine = Image.new("L", ((right - left) * _SUPERSAMPLE, (bottom - top) * _SUPERSAMPLE))
-    pen = ImageDraw.Draw(fine)
+    area = ((right - left) * _SUPERSAMPLE, (bottom - top) * _SUPERSAMPLE)
     flat = [tuple(point) for point in points.tolist()]
-    pen.polygon(flat, fill=255)
-    inside = np.asarray(fine, np.float32) / 255
-    edge_width = max(1, round(0.014 * scale))
-    pen.line([*flat, flat[0], flat[1]], fill=128, width=edge_width, joint="curve")
-    edge = (np.asarray(fine) == 128).astype(np.float32)
-    marks = _marks(thing, fine.size, offset, scale) * inside * (1 - edge)
-    cover = _shrink(np.maximum(inside, edge))[..., None]
-    mark, rim = _shrink(marks)[..., None], _shrink(edge)[..., None]
+    inside, edge = Image.new("L", area), Image.new("L", area)
+    ImageDraw.Draw(inside).polygon(flat, fill=255)
+    width = max(1, round(0.014 * scale))
+    ImageDraw.Draw(edge).line([*flat, flat[0], flat[1]], fill=255, width=width, joint="curve")
+    cover, rim = _shrink(ImageChops.lighter(inside, edge)), _shrink(edge)
     color = np.array(PALETTE[thing.color], np.float32)
     patch = canvas[top:bottom, left:right]
     patch *= 1 - cover
-    patch += color * (cover - mark - rim) + _mark_color(thing.color) * mark + color * 0.55 * rim
+    patch += color * (cover - 0.45 * rim)
+    if thing.texture != "plain":
+        marks = Image.fromarray(_marks(thing, area, offset, scale))
+        mark = _shrink(ImageChops.darker(ImageChops.subtract(inside, edge), marks))
+        patch += (_mark_color(thing.color) - color) * mark
 
 
-def _shrink(fine: np.ndarray) -> np.ndarray:
-    """Mean over blocks of `_SUPERSAMPLE` x `_SUPERSAMPLE` pixels."""
-    height, width = fine.shape
-    k = _SUPERSAMPLE
-    return fine.reshape(height // k, k, width // k, k).mean((1, 3))
+def _shrink(fine: Image.Image) -> np.ndarray:
+    """Mean over blocks of `_SUPERSAMPLE` x `_SUPERSAMPLE` pixels, 0..1, float32 (height, width, 1)."""
+    return np.asarray(fine.reduce(_SUPERSAMPLE), np.float32)[..., None] / 255
 
 
-def _marks(thing: Thing, shape: tuple[int, int], offset: np.ndarray, scale: int) -> np.ndarray:
-    """1 where the texture's stripes or dots are, float32 (height, width); the grid is centered on the thing."""
-    width, height = shape
-    if thing.texture == "plain":
-        return np.zeros((height, width), np.float32)
+def _marks(thing: Thing, area: tuple[int, int], offset: np.ndarray, scale: int) -> np.ndarray:
+    """255 where the texture's stripes or dots are, uint8 (height, width)."""
+    width, height = area
     turn = math.radians(thing.grain)
-    x = (np.arange(width, dtype=np.float32)[None, :] + 0.5 - offset[0]) / scale
-    y = (np.arange(height, dtype=np.float32)[:, None] + 0.5 - offset[1]) / scale
+    x = (np.arange(width, dtype=np.float32)[None, :] + 0.5 - np.float32(offset[0])) / scale
+    y = (np.arange(height, dtype=np.float32)[:, None] + 0.5 - np.float32(offset[1])) / scale
     across = x * math.cos(turn) + y * math.sin(turn)
     if thing.texture == "striped":
-        period = 0.078
-        return ((across / period) % 1 < 0.46).astype(np.float32)
+        across /= 0.078
+        return np.where(across - np.floor(across) < 0.46, np.uint8(255), np.uint8(0))
     along = y * math.cos(turn) - x * math.sin(turn)
-    period = 0.09
-    # A dot sits on the center, so that even a thin small shape shows one.
-    a, b = ((axis / period + 0.5) % 1 - 0.5 for axis in (across, along))
-    return (a * a + b * b < 0.33**2).astype(np.float32)
+    # A dot sits on the center, so that even a thin small shape shows one; small shapes take a finer grid.
+    period = 0.09 if thing.size == "large" else 0.066
+    a, b = (axis - np.rint(axis) for axis in (across / period, along / period))
+    return np.where(a * a + b * b < 0.34**2, np.uint8(255), np.uint8(0))
 
 
 @lru_cache(maxsize=64)
@@ -130,7 +126,7 @@ def outline(shape: str) -> np.ndarray:
     if shape == "star":
         angles = np.radians(np.arange(10) * 36 - 90)
         radii = np.where(np.arange(10) % 2 == 0, 1.1, 0.48)
-        return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], 1) + (0, 0.06)
+        return np.stack([np.cos(angles) * radii, np.sin(angles) * radii + 0.06], 1)
     if shape == "cross":
         a, b = 0.34, 1.0
         corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]

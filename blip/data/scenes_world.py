@@ -1,7 +1,7 @@
 """The world of the embedded dataset: what a scene holds, and which scenes a split has.
 
-A scene is 1 to 4 things on a 3 x 3 grid of places. All of it is a function of (seed, split, index), drawn through
-`keyed`, so that any scene can be made alone, in any order and in any process.
+A scene is 1 to 4 things on a 3 x 3 grid of places. All of it is a function of (seed, split, index), drawn
+through `keyed`, so that any scene can be made alone, in any order and in any process.
 
 Training and web scenes are independent. Validation and test scenes come in groups of `GROUP` siblings: the
 same colours and the same shapes, bound, sized, textured and placed differently, so that knowing which
