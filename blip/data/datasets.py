@@ -112,8 +112,8 @@ class PairDataset:
             probe = int(rng.integers(len(self)))
         causes = ", ".join(f"{n} {cause}" for cause, n in Counter(e.cause for e in bad).most_common())
         raise DataError(
-            f"datasets.{self.name}: {len(bad)} records in a row cannot be read ({causes}; the last: {bad[-1]});"
-            f" see 'blip data check', and whether datasets.{self.name}.images is the folder of its pictures"
+            f"datasets.{self.name}: {len(bad)} records in a row cannot be read ({causes}; the last is"
+            f" {bad[-1]}); see 'blip data check', and whether datasets.{self.name}.images is right"
         )
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -306,8 +306,10 @@ class SkipLog:
                 )
         if lines and self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            with self.path.open("a+b") as file:
+                if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+                    file.write(b"\n")  # a killed run may have left half a line
+                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
         reads = self.total + self.good
         if bad and reads >= self.min_reads and self.total > self.max_bad_ratio * reads:
             listed = f"; they are listed in {self.path}" if self.path else ""

@@ -1,0 +1,282 @@
+"""JSON, JSONL, CSV, TSV and image folders as streams of records; large files are never held whole as objects.
+
+A reader yields one dictionary per record. What one record spoils costs that record only: it comes as
+`{MALFORMED: reason}` and is counted later. What spoils the file raises a DataError.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from blip.data.samples import MALFORMED
+from blip.errors import DataError
+
+Record = dict[str, Any]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Beside the pictures of a folder: `file_name` and captions, as Hugging Face's `imagefolder` has them."""
+
+_CHUNK = 1 << 20
+_SPACE = " \t\r\n"
+
+
+def read_file(path: Path, layout: str) -> Iterator[Record]:
+    """The records of one annotation file or image folder.
+
+    Args:
+        path: to read.
+        layout: json, jsonl, csv, tsv or folder.
+
+    Raises:
+        DataError: the file as a whole cannot be used; the message names it, and line or record.
+    """
+    if layout == "folder":
+        return read_folder(path)
+    if layout == "json":
+        return read_json(path)
+    return read_jsonl(path) if layout == "jsonl" else read_table(path, "\t" if layout == "tsv" else ",")
+
+
+def detect(path: Path) -> str:
+    """The layout of a file or folder, by its name and first character.
+
+    Raises:
+        DataError: it tells neither.
+    """
+    if path.is_dir():
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            return "hf"
+        return "shards" if any(path.glob("*.tar")) else "folder"
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
+        return "shards"
+    if suffix == ".json":
+        return "jsonl" if _is_jsonl(path) else "json"
+    if suffix in (".jsonl", ".csv", ".tsv"):
+        return suffix[1:]
+    if suffix == ".ndjson":
+        return "jsonl"
+    raise DataError(
+        f"{path}: no known kind of annotation file; set the dataset's format to json, jsonl, csv, tsv,"
+        " folder, shards or hf"
+    )
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Whether a file is one object per line although it is called `.json`."""
+    with _open(path) as file:
+        lines = [line.strip() for line in (file.readline(_CHUNK), file.readline(_CHUNK))]
+    return all(line.startswith("{") and line.endswith("}") for line in lines)
+
+
+def _open(path: Path) -> TextIO:
+    # A byte that is not UTF-8 spoils its own caption (which becomes bad_text), not the whole file.
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def read_json(path: Path) -> Iterator[Record]:
+    """Records of a JSON file: a list, COCO captions, `{"data": [...]}`, or an object of records by id."""
+    with _open(path) as file:
+        stream = _JsonStream(file, path)
+        if stream.peek() == "[":
+            for item in stream.items():
+                yield item if isinstance(item, dict) else {MALFORMED: f"{_kind(item)}, not an object"}
+            return
+        if stream.peek() != "{":
+            raise DataError(f"{path}: neither a JSON list nor an object; it starts with {stream.peek()!r}")
+        content = stream.value()
+    yield from _records_of(content, path)
+
+
+def _records_of(content: dict[str, Any], path: Path) -> Iterator[Record]:
+    if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
+        yield from _coco(content["images"], content["annotations"], path)
+        return
+    items: Any = content
+    if isinstance(content.get("data"), list):
+        items = content["data"]
+    elif content and all(isinstance(item, dict) for item in content.values()):
+        items = [{"sample_id": key, **item} for key, item in content.items()]
+    if not isinstance(items, list):
+        keys = ", ".join(list(content)[:6]) or "nothing"
+        raise DataError(
+            f"{path}: an object with {keys}; expected a list of records, 'images' and 'annotations' as in"
+            " COCO, 'data' with a list, or one record per key"
+        )
+    for item in items:
+        yield item if isinstance(item, dict) else {MALFORMED: f"{_kind(item)}, not an object"}
+
+
+def _coco(images: list[Any], annotations: list[Any], path: Path) -> Iterator[Record]:
+    """One record per picture, with the list of its captions."""
+    captions: dict[Any, list[Any]] = {}
+    try:
+        for annotation in annotations:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for image in images:
+            own = captions.pop(image["id"], [])
+            record = {"image": image.get("file_name"), "image_id": image["id"], "caption": own}
+            yield {key: value for key, value in record.items() if value is not None}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: has 'images' and 'annotations' but no COCO captions ({type(error).__name__}: {error});"
+            " images need id and file_name, annotations need image_id and caption"
+        ) from error
+    for image_id, own in captions.items():
+        yield {MALFORMED: f"{len(own)} caption(s) of image {image_id!r}, which is not among the images"}
+
+
+class _JsonStream:
+    """Values of a JSON text, one after the other, with a few megabytes of it in memory."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._decoder = json.JSONDecoder()
+        self._buffer, self._at, self._line = "", 0, 1
+        self._more = True
+        self._count: int | None = None
+
+    def peek(self) -> str:
+        """The next character that is not space; empty at the end."""
+        while True:
+            while self._at < len(self._buffer) and self._buffer[self._at] in _SPACE:
+                self._at += 1
+            if self._at < len(self._buffer) or not self._refill():
+                return self._buffer[self._at : self._at + 1]
+
+    def value(self) -> Any:
+        """The next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._buffer, self._at)
+            except (ValueError, RecursionError) as error:
+                if isinstance(error, ValueError) and self._refill():
+                    continue
+                raise self._error(error) from error
+            # A number at the very end of the buffer may go on.
+            if end == len(self._buffer) and self._refill():
+                continue
+            self._at = end
+            return value
+
+    def items(self) -> Iterator[Any]:
+        """The items of the list that starts here."""
+        self._at += 1
+        self._count = 0
+        if self.peek() == "]":
+            return
+        while True:
+            yield self.value()
+            self._count += 1
+            follows = self.peek()
+            self._at += 1
+            if follows == "]":
+                return
+            if follows != ",":
+                found = f"{follows!r} where a comma or ] should be" if follows else "the file ends"
+                raise self._error(ValueError(f"{found} after record {self._count - 1}"))
+
+    def _refill(self) -> bool:
+        """Read on, dropping what is done; False at the end of the file."""
+        if not self._more:
+            return False
+        self._line += self._buffer.count("\n", 0, self._at)
+        rest = self._buffer[self._at :]
+        # Twice as much each time, so that one huge value is not parsed again for every megabyte of it.
+        fresh = self._file.read(max(_CHUNK, len(rest)))
+        self._more = bool(fresh)
+        self._buffer, self._at = rest + fresh, 0
+        return self._more
+
+    def _error(self, error: Exception) -> DataError:
+        line = self._line
+        reason = str(error) or type(error).__name__
+        if isinstance(error, json.JSONDecodeError):
+            line += self._buffer.count("\n", 0, error.pos)
+            reason = error.msg if self._count is None else f"{error.msg} in record {self._count}"
+        else:
+            line += self._buffer.count("\n", 0, self._at)
+        return DataError(f"{self._path}, line {line}: not valid JSON ({reason}); is the file complete?")
+
+
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """One JSON object per line; blank lines are skipped."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield {MALFORMED: f"line {number}: not valid JSON ({error})"}
+                continue
+            yield (
+                item
+                if isinstance(item, dict)
+                else {MALFORMED: f"line {number}: {_kind(item)}, not an object"}
+            )
+
+
+def read_table(path: Path, delimiter: str) -> Iterator[Record]:
+    """Rows of a CSV or TSV file with a header line."""
+    csv.field_size_limit(_CHUNK)
+    with _open(path) as file:
+        # Tab-separated web data has quotation marks that open and never close; only CSV is quoted.
+        if delimiter == "\t":
+            rows = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            rows = csv.reader(file, delimiter=delimiter)
+        header: list[str] | None = None
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield {MALFORMED: f"line {rows.line_num}: {error}"}
+                continue
+            if not row:
+                continue
+            if header is None:
+                header = [name.strip() for name in row]
+            elif len(row) == len(header):
+                yield dict(zip(header, row, strict=True))
+            else:
+                reason = f"{len(row)} fields where the header has {len(header)}"
+                yield {MALFORMED: f"line {rows.line_num}: {reason}"}
+
+
+def read_folder(path: Path) -> Iterator[Record]:
+    """Pictures of a folder and its subfolders, in order of name, with their captions.
+
+    Captions come from `metadata.csv` or `metadata.jsonl` in the folder (`file_name` and a caption column),
+    else from a `.txt` of the same name beside each picture, one caption per line.
+    """
+    for name in METADATA:
+        if (path / name).is_file():
+            yield from read_file(path / name, name.rpartition(".")[2])
+            return
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            if not name.lower().endswith(IMAGE_SUFFIXES):
+                continue
+            image = Path(folder, name)
+            record: Record = {"image": image.relative_to(path).as_posix()}
+            text = image.with_suffix(".txt")
+            if text.is_file():
+                lines = text.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+                captions = [line.strip() for line in lines if line.strip()]
+                record["caption"] = captions[0] if len(captions) == 1 else captions
+            yield record
+
+
+def _kind(item: Any) -> str:
+    return {"str": "a text", "list": "a list", "NoneType": "null"}.get(type(item).__name__, "a number")

@@ -1,0 +1,349 @@
+"""Annotations in any format -> records in flat memory, that workers read without copying.
+
+Python objects would be copied page by page into every forked worker, because reading one changes its
+reference count; here all records are one byte array of JSON. A million records of 100 bytes take 120 MB.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blip import keyed
+from blip.data.readers import Record, detect, read_file
+from blip.data.samples import MALFORMED
+from blip.errors import DataError, hint
+
+COLUMNS = {
+    "image": ("image", "file_name", "filename", "image_path", "filepath", "file", "path"),
+    "caption": ("caption", "captions", "text", "caption_str"),
+    "image_id": ("image_id",),
+    "instance_id": ("instance_id",),
+    "question": ("question",),
+    "question_id": ("question_id",),
+    "answer": ("answer",),
+    "answers": ("answers",),
+    "label": ("label",),
+    "text_input": ("text_input",),
+    "text_output": ("text_output",),
+    "prompt": ("prompt",),
+    "choices": ("choices",),
+    "context": ("context",),
+    "history": ("history",),
+    "weight": ("weight",),
+}
+"""Our columns, each with the names it is looked for under, best first, where `columns` says nothing."""
+
+_LOOKED_AT = 100
+"""Records at the start of a file that are searched for the columns."""
+
+
+class PackedRecords:
+    """Records as JSON in one byte array; picklable, and shared by forked workers.
+
+    Args:
+        records: with our column names.
+        roots: for each file, the folder its image paths start from.
+        starts: number of the first record of each file; read when `records` is used up.
+        files: names of the files, for messages.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        roots: Sequence[str] = ("",),
+        starts: list[int] | None = None,
+        files: Sequence[str] = ("",),
+    ) -> None:
+        blob, ends, keys, counts = bytearray(), array("q", [0]), array("Q"), array("i")
+        for number, record in enumerate(records):
+            blob += json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            ends.append(len(blob))
+            keys.append(_picture_key(record, number))
+            caption = record.get("caption")
+            counts.append(len(caption) if isinstance(caption, list) else int(caption is not None))
+        self._blob = np.frombuffer(blob, np.uint8)
+        self._ends = np.frombuffer(ends, np.int64)
+        self.num_captions = np.frombuffer(counts, np.int32)
+        self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
+        self._roots, self._files = list(roots), list(files)
+        self._starts = np.array(starts or [0], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no record {index} of {len(self)}")
+        index %= len(self)
+        data = self._blob[self._ends[index] : self._ends[index + 1]].tobytes()
+        return json.loads(data.decode("utf-8", "surrogatepass"))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, all of it NumPy's."""
+        arrays = (self._blob, self._ends, self.num_captions, self.pictures)
+        return sum(array.nbytes for array in arrays)
+
+    def image(self, index: int, record: Record) -> str:
+        """Path of a record's picture; an absolute one in the annotation stays as it is.
+
+        Raises:
+            KeyError: the record names no picture.
+        """
+        return os.path.join(self._roots[self._file(index)], str(record["image"]))
+
+    def where(self, index: int) -> str:
+        """File and number within it of a record, for messages."""
+        file = self._file(index)
+        return f"{self._files[file]}[{index - int(self._starts[file])}]"
+
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+
+class HfRecords:
+    """Rows of a Hugging Face `datasets` folder, read from its memory-mapped Arrow files when needed.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        columns: our name -> column.
+        root: folder that image paths start from.
+        file: name of the folder, for messages.
+    """
+
+    def __init__(self, dataset: Any, columns: Mapping[str, str], root: str, file: str) -> None:
+        self._dataset, self._root, self._where = dataset, root, file
+        renamed = {theirs: ours for ours, theirs in columns.items()}
+        self._names = {name: renamed.get(name, name) for name in dataset.column_names}
+        id_column = columns.get("image_id") or columns["image"]
+        light = dataset.select_columns([id_column]).with_format(None)
+        keys = array("Q")
+        for number, row in enumerate(light):
+            value = row[id_column]
+            # Embedded pictures without an id count as different ones; hashing them would read them all.
+            plain = value is not None and not isinstance(value, dict | bytes)
+            keys.append(keyed.key("picture", str(value) if plain else number))
+        self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
+        self.num_captions = np.ones(len(dataset), np.int32)
+        if caption := columns.get("caption"):
+            captions = dataset.select_columns([caption]).with_format(None)
+            counts = (row[caption] for row in captions)
+            self.num_captions = np.array([len(c) if isinstance(c, list) else 1 for c in counts], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._dataset[int(index)]
+        return {self._names[name]: value for name, value in row.items() if value is not None}
+
+    def image(self, index: int, record: Record) -> str | bytes:
+        """Content or path of a record's picture.
+
+        Raises:
+            KeyError: the record has none.
+        """
+        image = record["image"]
+        if isinstance(image, dict):
+            if image.get("bytes") is not None:
+                return image["bytes"]
+            image = image["path"]
+        return image if isinstance(image, bytes) else os.path.join(self._root, str(image))
+
+    def where(self, index: int) -> str:
+        """Folder and row number, for messages."""
+        return f"{self._where}[{index}]"
+
+
+def read_records(
+    paths: Sequence[Path],
+    layout: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    roots: Sequence[Path | None] | None = None,
+    name: str = "data",
+    limit: int | None = None,
+    required: Sequence[str] = ("image", "caption"),
+) -> PackedRecords | HfRecords:
+    """Records of annotation files, one after the other.
+
+    Args:
+        paths: files, image folders, or one Hugging Face folder.
+        layout: json, jsonl, csv, tsv, folder, hf; `auto` tells by name and content.
+        columns: our name -> the file's name, where they differ; unknown columns are kept.
+        roots: for each path the folder its image paths start from; None: the folder of the file.
+        name: of the dataset, for messages.
+        limit: number of records to read; None: all.
+        required: columns without which the data is useless.
+
+    Raises:
+        DataError: no records, a missing column, a file that cannot be read; the message says what to do.
+    """
+    columns = dict(columns or {})
+    _check_columns(columns, name)
+    places = [_root(path, root) for path, root in zip(paths, roots or [None] * len(paths), strict=True)]
+    layouts = [detect(path) if layout == "auto" else layout for path in paths]
+    if "shards" in layouts:
+        raise DataError(
+            f"datasets.{name}.path: {paths[layouts.index('shards')]} holds shards; give them alone"
+        )
+    if "hf" in layouts:
+        if len(paths) > 1:
+            raise DataError(f"datasets.{name}.path: give one Hugging Face folder, not {len(paths)} paths")
+        return _read_hf(paths[0], columns, places[0], name, limit, required)
+    starts: list[int] = []
+    stream = _stream(paths, layouts, columns, name, required, starts)
+    packed = PackedRecords(itertools.islice(stream, limit), places, starts, [str(path) for path in paths])
+    if not len(packed):
+        files = ", ".join(map(str, paths))
+        raise DataError(f"datasets.{name}.path: {files} holds no records; see 'blip data check {name}'")
+    return packed
+
+
+def _stream(
+    paths: Sequence[Path],
+    layouts: Sequence[str],
+    columns: Mapping[str, str],
+    name: str,
+    required: Sequence[str],
+    starts: list[int],
+) -> Iterator[Record]:
+    """All records with our column names; notes in `starts` where each file begins."""
+    count = 0
+    for path, layout in zip(paths, layouts, strict=True):
+        starts.append(count)
+        try:
+            records = read_file(path, layout)
+            head = list(itertools.islice(records, _LOOKED_AT))
+            names = _find_columns(head, columns, path, name, required)
+            for record in itertools.chain(head, records):
+                count += 1
+                yield _rename(record, names)
+        except OSError as error:
+            raise DataError(f"datasets.{name}.path: {path} cannot be read ({error.strerror})") from error
+        except DataError as error:
+            raise DataError(f"datasets.{name}.path: {error}") from error
+
+
+def _find_columns(
+    head: Sequence[Record], columns: Mapping[str, str], path: Path, name: str, required: Sequence[str]
+) -> dict[str, str]:
+    """Our name -> the file's name, from what `columns` says and the first records have."""
+    good = [record for record in head if MALFORMED not in record]
+    if head and not good:
+        raise DataError(
+            f"{path}: no usable record among the first {len(head)}; the first: {head[0][MALFORMED]}"
+        )
+    present = list(dict.fromkeys(key for record in good for key in record))
+    names = {}
+    for ours, known in COLUMNS.items():
+        theirs = columns.get(ours)
+        if theirs is not None and present and theirs not in present:
+            raise DataError(
+                f"{path} has no column {theirs!r}, which datasets.{name}.columns.{ours} names; it has"
+                f" {', '.join(present)}{_meant(theirs, present)}"
+            )
+        found = theirs or next((alias for alias in known if alias in present), None)
+        if found is None and ours in required and present:
+            raise DataError(
+                f"{path} has no column {ours!r}, only {', '.join(present)}; name the one that holds it:"
+                f" datasets.{name}.columns: {{{ours}: ...}}{_meant(ours, present)}"
+            )
+        if found is not None:
+            names[ours] = found
+    return names
+
+
+def _rename(record: Record, names: Mapping[str, str]) -> Record:
+    if MALFORMED in record:
+        return record
+    taken = set(names.values())
+    renamed = {key: value for key, value in record.items() if key not in taken and key not in names}
+    return renamed | {ours: record[theirs] for ours, theirs in names.items() if theirs in record}
+
+
+def _read_hf(
+    path: Path, columns: Mapping[str, str], root: str, name: str, limit: int | None, required: Sequence[str]
+) -> HfRecords:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"datasets.{name}.path: {path} is a Hugging Face folder, which needs the package 'datasets'; run"
+            " 'pip install datasets', or export the data to JSONL"
+        ) from error
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(item.name for item in path.iterdir() if (item / "dataset_info.json").is_file())
+        raise DataError(
+            f"datasets.{name}.path: {path} has the splits {', '.join(splits)}; give one folder per split, as"
+            f" in path: {{train: {path / splits[0] if splits else path}}}"
+        )
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"datasets.{name}.path: {path} cannot be read ({error})") from error
+    if not len(dataset):
+        raise DataError(f"datasets.{name}.path: {path} holds no records; see 'blip data check {name}'")
+    if limit is not None and limit < len(dataset):
+        dataset = dataset.select(range(limit))
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    try:
+        names = _find_columns([dict.fromkeys(dataset.column_names)], columns, path, name, required)
+    except DataError as error:
+        raise DataError(f"datasets.{name}.path: {error}") from error
+    return HfRecords(dataset, names, root, str(path))
+
+
+def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
+    """Consecutive numbers for equal keys, in order of appearance.
+
+    Args:
+        keys: uint64 (n,).
+
+    Returns:
+        int64 (n,), and how many different keys there are.
+    """
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse], len(first)
+
+
+def _picture_key(record: Record, number: int) -> int:
+    """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
+    if (image_id := record.get("image_id")) is not None:
+        return keyed.key("image_id", str(image_id))
+    image = record.get("image")
+    return keyed.key("image", image) if isinstance(image, str) else keyed.key("record", number)
+
+
+def _root(path: Path, root: Path | None) -> str:
+    if root is not None:
+        return str(root)
+    return str(path if path.is_dir() else path.parent)
+
+
+def _check_columns(columns: Mapping[str, str], name: str) -> None:
+    for ours in columns:
+        if ours not in COLUMNS:
+            raise DataError(
+                f"datasets.{name}.columns.{ours}: no column of ours; left is our name, right the file's"
+                f"{hint(ours, COLUMNS)}"
+            )
+
+
+def _meant(name: str, present: Sequence[str]) -> str:
+    text = hint(name, present)
+    return text if "did you mean" in text else ""
