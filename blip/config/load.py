@@ -148,10 +148,12 @@ class _Loader:
             return typing.cast(T, OmegaConf.to_object(node))
         except ConfigError as error:
             texts = error.problems if isinstance(error, SectionError) else [str(error)]
+            section = getattr(error, "section", "")  # a part of this one, perhaps
+            base = tuple(section.split(".")) if section.startswith(".".join((*path, ""))) else path
             for text in texts:
                 key, _, reason = text.partition(": ")
-                exact = self._below(path, key)
-                self.problem(exact or path, reason if exact else text)
+                exact = self._below(base, key)
+                self.problem(exact or base, reason if exact else text)
         return None
 
     def _below(self, path: Path, key: str) -> Path | None:

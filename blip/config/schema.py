@@ -15,9 +15,10 @@ SPLITS = ("train", "val", "test")
 
 
 class SectionError(ConfigError):
-    """Impossible combinations in one section; `problems` has one `key: reason` each."""
+    """Impossible combinations in one section, such as `run`; `problems` has one `key: reason` each."""
 
     def __init__(self, section: str, problems: list[str]) -> None:
+        self.section = section
         self.problems = problems
         super().__init__("; ".join(f"{section}.{problem}" if section else problem for problem in problems))
 

@@ -10,15 +10,20 @@ from typing import Any, ClassVar
 
 import pytest
 
-from blip.config.schema import ModelConfig, RunConfig
+from blip.config.schema import ModelConfig, RunConfig, Section
 from blip.errors import ConfigError
 from blip.registry import MODELS, PROCESSORS, TASKS
 
 
 @dataclass
-class Tower:
+class Tower(Section):
+    section: ClassVar[str] = "model.vit"
+
     width: int | None = None
     depth: int | None = None
+
+    def problems(self) -> list[str]:
+        return self._at_least(1, "width", "depth")
 
 
 @dataclass

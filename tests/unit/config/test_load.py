@@ -153,6 +153,7 @@ def test_whole_numbers_may_be_written_as_powers_and_numbers_as_text(write: Write
         ),
         # impossible combinations
         ("run.min_lr=1", "run.min_lr (command line): 1 is above init_lr (0.0003); lower it or raise init_lr"),
+        ("model.vit.depth=0", "model.vit.depth (command line): 0 is below 1"),
         ("model.head.layers=0", "model.head.layers (command line): 0 is below 1"),
         ("datasets.mine.lanes=0", "datasets.mine.lanes (command line): 0 is below 1"),
         # data only
