@@ -1,0 +1,342 @@
+"""Safe reading and writing of weight files, and loading them with an account of every name.
+
+Files are read with safetensors or `torch.load(weights_only=True)` only, so reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip import atomic
+from blip.errors import CheckpointError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_ENDING = ".index.json"
+MODEL_FOLDER = "model"
+CHECKPOINT_FOLDER = "checkpoints"
+ALIASES = "aliases"
+"""Metadata key: JSON of name -> name of the tensor it is another name for."""
+
+_FOLDER_FILES = (
+    WEIGHTS_FILE,
+    WEIGHTS_FILE + INDEX_ENDING,
+    "pytorch_model.bin",
+    "pytorch_model.bin" + INDEX_ENDING,
+)
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_POINTER_BYTES = 256
+
+
+@dataclass
+class LoadReport:
+    """What became of every name when weights were loaded."""
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    """Names of the module that the weights do not give."""
+    unexpected: list[str] = field(default_factory=list)
+    """Names of the weights that the module has no place for."""
+    reshaped: list[str] = field(default_factory=list)
+    """Loaded after the module adapted them, such as interpolated position embeddings."""
+    misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """Not loaded, because the shape differs: name -> (given, wanted). Also in `missing` and `unexpected`."""
+
+    def text(self) -> str:
+        """One line: counts, and the first names of each kind."""
+        parts = [f"{len(self.loaded)} tensors loaded from {self.source}"]
+        for word in ("reshaped", "missing", "unexpected"):
+            names = [name for name in getattr(self, word) if name not in self.misfits]
+            if names:
+                parts.append(f"{len(names)} {word} ({some(names)})")
+        if self.misfits:
+            shapes = [f"{name} is {given}, needed {wanted}" for name, (given, wanted) in self.misfits.items()]
+            parts.append(f"{len(shapes)} of another shape ({some(shapes)})")
+        return ", ".join(parts)
+
+
+def read_weights(source: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a weight file or folder, on the CPU, memory-mapped where the format allows.
+
+    Args:
+        source: `.safetensors`, `.pth`, `.pt`, `.bin`, an `.index.json` of shards, or a folder: exported
+            model, checkpoint, or run folder (its `model/`, else its best, else its newest checkpoint).
+
+    Returns:
+        name -> tensor; a surrounding `{"model": ...}` or `{"state_dict": ...}` and the `module.` that
+        DataParallel puts before every name are taken off, what is not a tensor is left out.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, of no known format, or holding Python objects.
+    """
+    path = find_weights(source)
+    if path.name.endswith(INDEX_ENDING):
+        return _read_shards(path)
+    return _read_file(path)
+
+
+def find_weights(source: str | Path) -> Path:
+    """The file that `read_weights` would read.
+
+    Raises:
+        CheckpointError: nothing there, or a folder without weights.
+    """
+    path = pointed(Path(source).expanduser())
+    if not path.exists():
+        raise CheckpointError(
+            f"no weights at '{source}': no such file or folder; give a weight file or a run folder"
+        )
+    if not path.is_dir():
+        return path
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    for name in (MODEL_FOLDER, f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last"):
+        found = pointed(path / name) / WEIGHTS_FILE
+        if found.is_file():
+            return found
+    only = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file())
+    if len(only) == 1:
+        return only[0]
+    several = f"; it has {some([p.name for p in only])}, name one of them" if only else ""
+    raise CheckpointError(
+        f"no weights in the folder '{source}': expected {WEIGHTS_FILE}, {MODEL_FOLDER}/{WEIGHTS_FILE} or"
+        f" {CHECKPOINT_FOLDER}/last{several}"
+    )
+
+
+def pointed(path: Path) -> Path:
+    """The folder that a pointer (`checkpoints/last`) names, where pointers are files instead of links."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _POINTER_BYTES or path.suffix:
+        return path
+    name = path.read_bytes().strip()
+    if not re.fullmatch(rb"[\w-]+", name):
+        return path
+    target = path.parent / name.decode("ascii", "ignore")
+    return target if target.is_dir() else path
+
+
+def load_into(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str = "the weights",
+    allow_missing: Sequence[str] = (),
+    allow_unexpected: Sequence[str] = (),
+) -> LoadReport:
+    """Copy named tensors into `module` and account for every name.
+
+    A tensor of another shape counts as missing and unexpected at once, unless the module adapts it itself.
+
+    Args:
+        module: gets the weights; names that share a tensor need it once.
+        source: what messages call the weights.
+        allow_missing: shell-style patterns of names that the weights need not give.
+        allow_unexpected: patterns of names that are left out.
+
+    Raises:
+        CheckpointError: a name that is missing, unexpected or of another shape, and not allowed to be.
+    """
+    wanted = module.state_dict()
+    differing = {n: t for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape}
+    complaint = ""
+    try:
+        module.load_state_dict(dict(tensors), strict=False)
+    except RuntimeError as error:  # everything that fits is loaded all the same
+        complaint = str(error)
+    misfits = [n for n in differing if f"size mismatch for {n}:" in complaint]
+    if complaint and not misfits:
+        raise CheckpointError(f"{source}: cannot be loaded: {' '.join(complaint.split())}")
+    loaded = [n for n in wanted if n in tensors and n not in misfits]
+    present = {_identity(wanted[n]) for n in loaded}
+    report = LoadReport(
+        source,
+        loaded,
+        missing=[n for n in wanted if n not in loaded and _identity(wanted[n]) not in present],
+        unexpected=[n for n in tensors if n not in wanted] + misfits,
+        reshaped=[n for n in differing if n not in misfits],
+        misfits={n: (tuple(differing[n].shape), tuple(wanted[n].shape)) for n in misfits},
+    )
+    refused = [n for n in report.missing if not matches(n, allow_missing)]
+    refused += [n for n in report.unexpected if not matches(n, allow_unexpected)]
+    if refused:
+        raise CheckpointError(
+            f"{report.text()}; {source} does not fit: it was made with another arch or other sizes,"
+            " or needs 'blip convert'"
+        )
+    return report
+
+
+def save_safetensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors, atomically; a tensor with several names is stored once.
+
+    Args:
+        tensors: on any device, contiguous or not.
+        path: file to make or replace; its folder must exist.
+        metadata: further entries of the file's header.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        identity = _identity(tensor)
+        if identity in first:
+            aliases[name] = first[identity]
+            continue
+        first[identity] = name
+        data = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses tensors that overlap without being the same.
+        storage = data.untyped_storage().data_ptr()
+        kept[name] = data.clone() if storage in storages else data
+        storages.add(storage)
+    header = dict(metadata or {})
+    if aliases:
+        header[ALIASES] = json.dumps(aliases)
+    try:
+        atomic.write_file(Path(path), lambda partial: save_file(kept, partial, metadata=header or None))
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the shell-style patterns fits the whole name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def some(names: Sequence[str], count: int = 4) -> str:
+    """The first names, and how many there are beyond them."""
+    rest = f", ... and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + rest
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Equal for two names of one tensor; empty tensors have no memory and are never the same."""
+    if not tensor.numel() or tensor.is_meta:
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        places = {str(name): str(file) for name, file in content["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"'{index}' is no index of weight files: {_brief(error)}") from error
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        # The index may come from anywhere; it must not lead out of its folder.
+        if Path(file).name != file or not file.endswith(_ENDINGS):
+            raise CheckpointError(f"'{index}': shard {file!r} is no weight file beside the index")
+        if not (index.parent / file).is_file():
+            raise CheckpointError(
+                f"'{index}': shard {file!r} is missing; fetch it, the index names {len(places)} tensors"
+            )
+        tensors |= _read_file(index.parent / file)
+    absent = [name for name in places if name not in tensors]
+    if absent:
+        raise CheckpointError(
+            f"'{index}': the shards lack {len(absent)} tensors ({some(absent)}); fetch them again"
+        )
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}") from error
+    if not size:
+        raise CheckpointError(f"'{path}' is empty; copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"'{path}' is a git-lfs pointer, not the weights; run 'git lfs pull' in its repository"
+        )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _read_torch(path, mmap=head.startswith(b"PK"))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
+            for alias, name in aliases.items():
+                tensors.setdefault(alias, tensors[name])
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {_brief(error)}") from error
+    return tensors
+
+
+def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        content = load(mmap=True) if mmap else load()
+    except Exception as error:  # a damaged pickle may raise anything
+        text = str(error)
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found:
+            raise CheckpointError(
+                f"'{path}' holds Python objects ({found[1]}) beside tensors, which could run code when read;"
+                " where you trust the file, save its state dict alone"
+            ) from error
+        raise CheckpointError(f"'{path}' is damaged or no weight file: {_brief(error)}") from error
+    tensors = _named_tensors(content)
+    if not tensors:
+        kind = type(content).__name__
+        raise CheckpointError(
+            f"'{path}' holds no named tensors but a {kind}; a state dict or {{'model': ...}} is needed"
+        )
+    return tensors
+
+
+def _named_tensors(content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    for wrapper in _WRAPPERS:
+        inner = content.get(wrapper)
+        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            content = inner
+            break
+    tensors = {
+        name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    if tensors and all(name.startswith("module.") for name in tensors):
+        return {name.removeprefix("module."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _brief(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:160] + " ..."
