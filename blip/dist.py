@@ -6,6 +6,7 @@ no rank has to ask the others how many rows they hold.
 
 from __future__ import annotations
 
+import itertools
 import os
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -75,7 +76,7 @@ def slices(total: int, world: int | None = None) -> list[tuple[int, int]]:
     world = world_size() if world is None else world
     base, surplus = divmod(total, world)
     bounds = [r * base + min(r, surplus) for r in range(world + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def broadcast_object(value: T) -> T:
@@ -163,7 +164,8 @@ def fetch_rows(rows: Tensor, index: Tensor, total: int | None = None, grad: bool
 
     Args:
         rows: (B, ...) of this rank.
-        index: int64 (M,), global row numbers that this rank wants.
+        index: int64 (M,), global row numbers that this rank wants. Where rows are split evenly, M must be the
+            same on every rank; otherwise it may differ.
         total: rows of all ranks together; None means B on every rank.
         grad: let gradients flow back to the rank that owns a row.
 
@@ -206,10 +208,10 @@ class _Route:
     """Who asks whom for which rows: every rank learns all requests, then rows travel point to point."""
 
     def __init__(self, index: Tensor, total: int) -> None:
-        # Requests are a few integers per row, so they are gathered whole; M may differ between ranks.
+        # Requests are a few integers per row, so they are gathered whole. Only where ranks hold unequal
+        # numbers of rows may they ask for unequal numbers, which costs a message more.
         spans = slices(total)
-        counts = [int(c) for c in gather_objects(index.numel())] if total % world_size() else [index.numel()] * len(spans)
-        most = max(counts)
+        most = max(gather_objects(index.numel())) if total % world_size() else index.numel()
         padded = index.new_full((most,), -1)
         padded[: index.numel()] = index
         parts = [torch.empty_like(padded) for _ in spans]

@@ -30,12 +30,8 @@ Source = MapSource | ShardSource
 class Skips(Protocol):
     """Where good and bad records are counted, as `blip.data.datasets.SkipLog` does it."""
 
-    def seen(self, dataset: str, count: int) -> None:
-        """Told how many good samples of a dataset were read."""
-        ...
-
-    def add(self, dataset: str, bad: Sequence[BadRecord]) -> None:
-        """Told of bad records of a dataset; raises where they are too many."""
+    def update(self, bad: Sequence[tuple[str, BadRecord]], good: int) -> None:
+        """Told (dataset, record) of what was skipped and the number of good samples; raises at too many."""
         ...
 
 
@@ -167,7 +163,8 @@ class TrainLoader:
             "source": self._sources[draw.source].name,
             "position": self.state_dict(),
         }
-        self._report(chunks)
+        if self._skips is not None:
+            self._skips.update([record for chunk in chunks for record in chunk.bad], good=end - start)
         self.wait_s += time.perf_counter() - began
         return batch  # type: ignore[return-value]
 
@@ -233,14 +230,6 @@ class TrainLoader:
         parts = _Parts(self._sources, self.plan, self._rank, self._world, self._position, self._tokenize)
         return PartStream(parts, min(self.config.num_workers, self._workers), prefetch=self.config.prefetch)
 
-    def _report(self, chunks: list[_Chunk]) -> None:
-        if self._skips is None:
-            return
-        for chunk in chunks:
-            for name, (good, bad) in chunk.seen.items():
-                self._skips.seen(name, good)
-                self._skips.add(name, bad)
-
     def _advance(self, draw: Draw, chunks: list[_Chunk]) -> None:
         """Move the position; its parts are replaced, never changed, since batches hold on to them."""
         counts, lanes = list(self._position["counts"]), list(self._position["lanes"])
@@ -287,8 +276,8 @@ class _Chunk(NamedTuple):
     """None where the worker has no row of it."""
     lanes: list[list[int]]
     """Positions of the worker's lanes of the source."""
-    seen: dict[str, tuple[int, list[BadRecord]]]
-    """Dataset -> (good rows, what was skipped for them)."""
+    bad: list[tuple[str, BadRecord]]
+    """(dataset, record) of what was skipped."""
 
 
 class _Parts(IterableDataset):
@@ -328,16 +317,14 @@ class _Parts(IterableDataset):
             yield Failure(type(error), str(error))
 
     def _part(self, reader: Reader, draw: Draw) -> _Chunk:
-        samples = []
-        seen: dict[str, tuple[int, list[BadRecord]]] = {}
+        samples, skipped = [], []
         for number, name, sample, bad in reader.read(draw):
             if "image_id" in sample:
                 sample = {**sample, "image_id": global_id(number, sample["image_id"])}
             samples.append(sample)
-            count, before = seen.get(name, (0, []))
-            seen[name] = (count + 1, before + bad)
+            skipped += [(name, record) for record in bad]
         batch = collate(samples, self._tokenize) if samples else None
-        return _Chunk(batch, reader.positions(), seen)
+        return _Chunk(batch, reader.positions(), skipped)
 
 
 class EvalLoader:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 SIZES_FILE = "sizes.json"
 """Beside the shards: file name -> number of samples, as open_clip reads it."""
 
-_MAX_COUNTED = 64
+_MAX_COUNTED = 50_000
 
 
 class ShardDataset:
@@ -60,9 +60,9 @@ class ShardDataset:
         self.window = window
         self.maker = maker
         self.image_ids = image_ids
-        top = os.path.commonpath([path.parent for path in self.paths])
+        top = os.path.commonpath([path.absolute().parent for path in self.paths])
         # Names must not depend on where the data lies, but tell equal file names of two folders apart.
-        self.labels = [Path(os.path.relpath(path, top)).as_posix() for path in self.paths]
+        self.labels = [path.absolute().relative_to(top).as_posix() for path in self.paths]
 
     def __len__(self) -> int:
         return self.num_samples
@@ -71,30 +71,26 @@ class ShardDataset:
     def num_samples(self) -> int:
         """Number of samples: from `sizes.json` where it is, else counted from the headers of the shards.
 
-        Of more than 64 shards without `sizes.json` some are counted and the rest is estimated by size.
+        Counting ends after some 50,000 samples; what is left is estimated by file size.
         """
         known = self._known_sizes()
-        unknown = [i for i in range(len(self.paths)) if known[i] is None]
         total = sum(size for size in known if size is not None)
-        if not unknown:
-            return total
-        step = -(-len(unknown) // _MAX_COUNTED)
-        counted = unknown[::step]
-        samples = sum(
-            sum(isinstance(entry, Ref) for entry in scan(self.paths[i], i, self.labels[i])) for i in counted
-        )
-        if step == 1:
+        unknown = [i for i in range(len(self.paths)) if known[i] is None]
+        counted: list[int] = []
+        samples = 0
+        for i in keyed.permutation(len(unknown), "count").tolist():
+            if samples >= _MAX_COUNTED:
+                break
+            counted.append(unknown[i])
+            samples += sum(isinstance(entry, Ref) for entry in self.scan(unknown[i]))
+        if len(counted) == len(unknown):
             return total + samples
         every, seen = (sum(self.paths[i].stat().st_size for i in some) for some in (unknown, counted))
-        estimate = total + round(samples * every / max(seen, 1))
+        estimate = total + round(samples * every / seen)
         log.warning(
             "datasets.%s: about %d samples, estimated from %d of %d shards; %s beside them (name -> number of"
             " samples) would tell exactly",
-            self.name,
-            estimate,
-            len(counted),
-            len(self.paths),
-            SIZES_FILE,
+            *(self.name, estimate, len(counted), len(unknown), SIZES_FILE),
         )
         return estimate
 
@@ -193,7 +189,8 @@ class Lane:
         """The next good sample, and the bad records skipped on the way.
 
         Raises:
-            DataError: a whole pass over the lane's shards has no good sample.
+            DataError: a whole pass over the lane's shards has no good sample, or the position does not fit
+            the shards.
         """
         bad: list[BadRecord] = []
         while True:
@@ -241,6 +238,11 @@ class Lane:
                     break
             elif self._done == 0:  # otherwise it was told before the run was interrupted
                 bad.append(entry)
+        if self._done > len(refs):
+            raise DataError(
+                f"datasets.{self._dataset.name}: its shards hold other samples than when the checkpoint was"
+                " written; put the same files back, or start a new run from its weights with model.init_from"
+            )
         key = (self._seed, "window", self._dataset.name, self._epoch, self._lane, self._window)
         self._refs, self._order = refs, keyed.permutation(len(refs), *key)
         return refs
@@ -256,7 +258,7 @@ class Lane:
             causes = sorted({error.cause for error in bad}) or ["no sample in them"]
             raise DataError(
                 f"datasets.{self._dataset.name}: no readable sample in {len(names)} shard(s) ({names[0]},"
-                f" ...; {', '.join(causes)}); check them with 'blip data check', or leave them out of the path"
+                f" ...; {', '.join(causes)}); see 'blip data check', or leave them out of the path"
             )
         self._good = False
         self._epoch, self._window, self._shard, self._sample = self._epoch + 1, 0, 0, 0
