@@ -80,7 +80,7 @@ def test_the_prefix_of_data_parallel_is_taken_off(tmp_path: Path) -> None:
 def test_shards_are_put_together_by_their_index(tmp_path: Path, ending: str) -> None:
     stem = "model" if ending == ".safetensors" else "pytorch_model"
     names = list(TENSORS)
-    places = {}
+    places: dict[str, str] = {}
     for i, part in enumerate((names[:2], names[2:])):
         file = f"{stem}-{i + 1:05d}-of-00002{ending}"
         tensors = {n: TENSORS[n] for n in part}
