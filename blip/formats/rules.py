@@ -1,0 +1,254 @@
+"""Renaming rules that account for every key: one table carries weights in both directions.
+
+A key that no rule names is an error, so a layout that changed is noticed instead of half loaded. Keys are
+written as templates: `{i}` and `{j}` stand for a number, any other field for one name between dots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blip.errors import CheckpointError, nearest
+
+State = Mapping[str, Tensor]
+Change = Callable[..., tuple[Tensor, ...]]
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_NUMBERS = ("i", "j")
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The same tensor under another name. Both templates have the same fields."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Several tensors of one side make several of the other, for example a fused bias and its parts.
+
+    Every template has the same fields. `to_ours` takes the tensors of `theirs` in order and returns those of
+    `ours`; `to_theirs` is its inverse. Either raises ValueError when the values cannot be carried over.
+    """
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Change
+    to_theirs: Change
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Their key that holds nothing of ours, with the reason.
+
+    `rebuild` makes its value from the rest of their weights: on import the two must be equal, since otherwise
+    something would be lost; on export it is written. None from `rebuild`: there is nothing to make it from.
+    A rule with `rebuild` stands for one key, so its template has no fields.
+    """
+
+    theirs: str
+    reason: str
+    rebuild: Callable[[State], Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class Omit:
+    """Our key that their layout has no place for, with the reason: left out on export, missing on import."""
+
+    ours: str
+    reason: str
+
+
+Rule = Rename | Transform | Drop | Omit
+Side = Callable[[Rule], tuple[str, ...]]
+Group = tuple[Rule, dict[str, str], tuple[str, ...]]
+
+
+class Line(NamedTuple):
+    """What became of some keys."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    """Empty = left out."""
+    note: str
+    """`renamed`, `transformed`, `rebuilt`, or why it was left out."""
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.source) or '-'} -> {', '.join(self.target) or '-'} ({self.note})"
+
+
+class Conversion(NamedTuple):
+    """Converted weights, and one line for every group of keys."""
+
+    state: dict[str, Tensor]
+    report: list[Line]
+
+
+class Table:
+    """Rules for one layout of foreign weights.
+
+    Args:
+        name: what error messages call the layout.
+        rules: each key is served by the first rule that has a template for it.
+    """
+
+    def __init__(self, name: str, rules: Sequence[Rule]) -> None:
+        self.name = name
+        self.rules = list(rules)
+        self._theirs = [(_pattern(t), rule) for rule in rules for t in _theirs(rule)]
+        self._ours = [(_pattern(t), rule) for rule in rules for t in _ours(rule)]
+
+    def to_ours(self, state: State) -> Conversion:
+        """Foreign weights under our names.
+
+        Raises:
+            CheckpointError: keys without a rule, an incomplete group, or a dropped tensor that is not what
+                the rule says.
+        """
+        groups = self._groups(state, self._theirs, _theirs)
+        for rule, _, keys in groups:
+            if isinstance(rule, Drop) and rule.rebuild is not None:
+                self._check_dropped(rule, keys[0], state)
+        return self._move(state, groups, _ours)
+
+    def to_theirs(self, state: State) -> Conversion:
+        """Our weights under the foreign names, with what they keep besides.
+
+        Raises:
+            CheckpointError: keys without a rule, an incomplete group, or values that the layout cannot hold.
+        """
+        result, report = self._move(state, self._groups(state, self._ours, _ours), _theirs)
+        for rule in self.rules:
+            value = rule.rebuild(result) if isinstance(rule, Drop) and rule.rebuild is not None else None
+            if value is not None:
+                self._put(result, _theirs(rule), (value,))
+                report.append(Line((), _theirs(rule), "rebuilt"))
+        return Conversion(result, report)
+
+    def _move(self, state: State, groups: list[Group], target: Side) -> Conversion:
+        result: dict[str, Tensor] = {}
+        report = []
+        for rule, fields, keys in groups:
+            if isinstance(rule, Drop | Omit):
+                report.append(Line(keys, (), rule.reason))
+                continue
+            targets = tuple(template.format_map(fields) for template in target(rule))
+            values = tuple(state[key] for key in keys)
+            if isinstance(rule, Transform):
+                values = self._changed(rule.to_ours if target is _ours else rule.to_theirs, keys, values)
+            self._put(result, targets, values)
+            report.append(Line(keys, targets, "transformed" if isinstance(rule, Transform) else "renamed"))
+        return Conversion(result, report)
+
+    def _groups(self, state: State, patterns: list[tuple[re.Pattern[str], Rule]], side: Side) -> list[Group]:
+        """(rule, fields, the state's keys that it takes), in the order of the state."""
+        found: dict[tuple[int, tuple[str, ...]], Group] = {}
+        unknown = []
+        for key in state:
+            match = next(((rule, m.groupdict()) for p, rule in patterns if (m := p.fullmatch(key))), None)
+            if match is None:
+                unknown.append(key)
+                continue
+            rule, fields = match
+            keys = tuple(template.format_map(fields) for template in side(rule))
+            found[id(rule), keys] = (rule, fields, keys)
+        if unknown:
+            raise CheckpointError(self._unknown(unknown, [t for rule in self.rules for t in side(rule)]))
+        for _, _, keys in found.values():
+            if missing := [key for key in keys if key not in state]:
+                raise CheckpointError(
+                    f"{self.name}: {', '.join(missing)} is missing, which belongs to {', '.join(keys)};"
+                    " the file is incomplete, so fetch or write it again"
+                )
+        return list(found.values())
+
+    def _unknown(self, keys: list[str], templates: list[str]) -> str:
+        shown = ", ".join(f"{key!r}{_like(key, templates)}" for key in keys[:_SHOWN])
+        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+        return (
+            f"{self.name}: no rule for {shown}{more}; these weights are of another model or layout,"
+            " so check the architecture they are loaded into"
+        )
+
+    def _changed(
+        self, change: Change, keys: tuple[str, ...], values: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        try:
+            return change(*values)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}: {', '.join(keys)} cannot be converted: {error}") from error
+
+    def _check_dropped(self, rule: Drop, key: str, state: State) -> None:
+        assert rule.rebuild is not None
+        expected = rule.rebuild(state)
+        if expected is None or not torch.equal(expected.to(state[key].dtype), state[key]):
+            raise CheckpointError(
+                f"{self.name}: {key} would be dropped ({rule.reason}), but its values say something else;"
+                " the model has no place for them"
+            )
+
+    def _put(self, result: dict[str, Tensor], keys: tuple[str, ...], values: tuple[Tensor, ...]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            if key in result:
+                raise CheckpointError(f"{self.name}: two keys of the file become {key}; keep one of them")
+            result[key] = value
+
+
+def copy_of(key: str) -> Callable[[State], Tensor | None]:
+    """For `Drop.rebuild`: the value of another of their keys."""
+    return lambda state: state.get(key)
+
+
+def expand(rules: Iterable[Rule], **fields: Sequence[str]) -> list[Rule]:
+    """The rules once for each value of each field, e.g. `part=("weight", "bias")` in the templates."""
+    result = list(rules)
+    for name, values in fields.items():
+        result = [_filled(rule, name, value) for rule in result for value in values]
+    return list(dict.fromkeys(result))
+
+
+def _filled(rule: Rule, name: str, value: str) -> Rule:
+    def fill(template: str) -> str:
+        return template.replace("{" + name + "}", value)
+
+    if isinstance(rule, Rename):
+        return Rename(fill(rule.theirs), fill(rule.ours))
+    if isinstance(rule, Drop):
+        return Drop(fill(rule.theirs), rule.reason, rule.rebuild)
+    if isinstance(rule, Omit):
+        return Omit(fill(rule.ours), rule.reason)
+    theirs, ours = tuple(map(fill, rule.theirs)), tuple(map(fill, rule.ours))
+    return Transform(theirs, ours, rule.to_ours, rule.to_theirs)
+
+
+def _theirs(rule: Rule) -> tuple[str, ...]:
+    if isinstance(rule, Omit):
+        return ()
+    return rule.theirs if isinstance(rule, Transform) else (rule.theirs,)
+
+
+def _ours(rule: Rule) -> tuple[str, ...]:
+    if isinstance(rule, Drop):
+        return ()
+    return rule.ours if isinstance(rule, Transform) else (rule.ours,)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    pieces = _FIELD.split(template)  # text, field, text, field, ..., text
+    texts, names = [re.escape(piece) for piece in pieces[::2]], pieces[1::2]
+    fields = [rf"(?P<{name}>\d+)" if name in _NUMBERS else rf"(?P<{name}>[^.]+)" for name in names]
+    return re.compile("".join(a + b for a, b in zip(texts, [*fields, ""], strict=True)))
+
+
+def _like(key: str, templates: list[str]) -> str:
+    close = nearest(re.sub(r"\.\d+\.", ".{i}.", key), templates)
+    return f" (nearest: {close[0]})" if close else ""
