@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blip.data.datasets import MAX_SUBSTITUTES, EvalPairs, PairDataset, SkipLog
+from blip.data.records import PackedRecords
+from blip.data.samples import MALFORMED, BadRecord, SampleMaker
+from blip.errors import DataError
+from blip.processors.image import Blip2ImageTrain, BlipImageEval
+from blip.processors.text import BlipCaption
+
+TRAIN = SampleMaker(Blip2ImageTrain(image_size=8), BlipCaption())
+EVAL = SampleMaker(BlipImageEval(image_size=8), BlipCaption())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in "abcdef":
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:100])
+    (tmp_path / "empty.png").write_bytes(b"")
+    return tmp_path
+
+
+def packed(folder: Path, *records: tuple[str, Any]) -> PackedRecords:
+    return PackedRecords(
+        [{"image": f"{image}.png", "caption": caption} for image, caption in records], [str(folder)]
+    )
+
+
+def pairs(folder: Path, *records: tuple[str, Any], **options: Any) -> PairDataset:
+    return PairDataset("mine", packed(folder, *records), TRAIN, **options)
+
+
+def test_every_caption_is_a_sample_of_its_picture(folder: Path) -> None:
+    dataset = pairs(folder, ("a", ["one", "two"]), ("b", "three"), ("a", "four"), ("c", ["five"]))
+    table = [
+        (s["text_input"], s["image_id"], s["instance_id"]) for s in map(dataset.sample, range(len(dataset)))
+    ]
+    assert table == [
+        ("one", 0, "mine/0"),
+        ("two", 0, "mine/0#1"),
+        ("three", 1, "mine/1"),
+        ("four", 0, "mine/2"),
+        ("five", 2, "mine/3"),
+    ]
+    assert dataset.num_images == 3
+
+
+def test_without_image_ids_there_are_none(folder: Path) -> None:
+    assert "image_id" not in pairs(folder, ("a", "x"), image_ids=False)[0]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_number(folder: Path) -> None:
+    dataset = pairs(folder, ("a", ["x", "y"]), ("b", "z"))
+    assert torch.equal(dataset.sample(0, 1, 2)["image"], dataset.sample(0, 1, 2)["image"])
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(dataset.sample(2, 5, 6)["image"], copy.sample(2, 5, 6)["image"])
+    views = [dataset.sample(*key)["image"] for key in ((0, 1, 2), (0, 1, 3), (0, 2, 2), (1, 1, 2))]
+    assert not any(torch.equal(views[0], view) for view in views[1:])
+
+
+def test_a_number_out_of_range_is_refused(folder: Path) -> None:
+    dataset = pairs(folder, ("a", ["x", "y"]))
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=rf"mine has 2 samples; there is no number {index}"):
+            dataset.sample(index)
+    assert len(list(dataset)) == 2
+
+
+def test_a_bad_record_is_named_with_its_cause(folder: Path) -> None:
+    records = [
+        {"image": "cut.png", "caption": "x"},
+        {"image": "none.png", "caption": "x"},
+        {"caption": "x"},
+        {"image": "a.png"},
+        {"image": "a.png", "caption": []},
+        {"image": "a.png", "caption": ["fine", "!!"]},
+        {MALFORMED: "line 3: not valid JSON"},
+    ]
+    dataset = PairDataset("mine", PackedRecords(records, [str(folder)]), TRAIN)
+    found = {}
+    for index in range(len(dataset)):
+        try:
+            dataset.sample(index)
+        except BadRecord as error:
+            found[error.name] = error.cause
+    assert found == {
+        "mine/0": "truncated_image",
+        "mine/1": "missing_image",
+        "mine/2": "missing_image",
+        "mine/3": "no_caption",
+        "mine/4": "no_caption",
+        "mine/5#1": "no_caption",
+        "mine/6": "malformed_record",
+    }
+    assert len(dataset) == 8
+
+
+def test_a_bad_record_is_replaced_by_a_choice_of_seed_epoch_and_number(folder: Path) -> None:
+    dataset = pairs(folder, ("a", "a"), ("cut", "bad"), *[(x, x) for x in "bcdef"])
+    sample, bad = dataset.sample_or_substitute(0, 3, 4)
+    assert (sample["text_input"], bad) == ("a", [])
+    assert torch.equal(sample["image"], dataset.sample(0, 3, 4)["image"])
+
+    keys = [(epoch, seed) for epoch in range(6) for seed in range(6)]
+    first, again = ([dataset.sample_or_substitute(1, *key) for key in keys] for _ in range(2))
+    assert [s["text_input"] for s, _ in first] == [s["text_input"] for s, _ in again]
+    assert len({s["text_input"] for s, _ in first}) >= 4
+    for sample, bad in first:
+        assert {(e.cause, e.name) for e in bad} == {("truncated_image", "mine/1")}
+        assert sample["text_input"] != "bad"
+
+
+def test_a_dataset_without_good_records_stops(folder: Path) -> None:
+    dataset = pairs(folder, ("cut", "x"), ("none", "y"))
+    with pytest.raises(
+        DataError, match=rf"^datasets\.mine: {MAX_SUBSTITUTES + 1} records in a row .*missing_image"
+    ) as e:
+        dataset.sample_or_substitute(0, 0, 0)
+    assert not isinstance(e.value, BadRecord)
+
+
+def test_evaluation_pairs_are_those_of_lavis(folder: Path) -> None:
+    data = EvalPairs(
+        "val", packed(folder, ("a", ["A one.", "two"]), ("b", ["three"]), ("a", "four"), ("c", "five")), EVAL
+    )
+    assert data.text == ["a one", "two", "four", "three", "five"]
+    assert data.txt2img == [0, 0, 0, 1, 2]
+    assert data.img2txt == [[0, 1, 2], [3], [4]]
+    assert len(data) == 3
+    assert [data.instance_id(i) for i in range(3)] == ["val/0", "val/1", "val/3"]
+    expected = BlipImageEval(image_size=8).pixels(Image.open(folder / "b.png"))
+    sample = data.image(1)
+    assert torch.equal(sample.pop("image"), expected)
+    assert (sample["image_id"], sample["instance_id"], sorted(sample)) == (
+        1,
+        "val/1",
+        ["image_id", "image_norm", "instance_id"],
+    )
+    assert (data.pair(3)["text_input"], data.pair(3)["image_id"]) == ("three", 1)
+
+
+def test_unreadable_pictures_are_left_out_of_an_evaluation(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = packed(
+        folder,
+        ("a", ["a1", "!"]),
+        ("cut", ["bad 1", "bad 2"]),
+        ("b", "..."),
+        ("none", "bad 3"),
+        ("c", ["c1", "c2"]),
+    )
+    data = EvalPairs("val", records, EVAL).verify(threads=2)
+    assert (data.text, data.txt2img, data.img2txt) == (["a1", "c1", "c2"], [0, 1, 1], [[0], [1, 2]])
+    assert [(e.name, e.cause) for e in data.bad] == [
+        ("val/0#1", "no_caption"),
+        ("val/2", "no_caption"),
+        ("val/1", "truncated_image"),
+        ("val/3", "missing_image"),
+    ]
+    assert [data.image(i)["instance_id"] for i in range(2)] == ["val/0", "val/4"]
+    assert "4 records are left out of the evaluation (2 no_caption, " in caplog.text
+
+
+@pytest.mark.parametrize("records", [[("cut", "x")], [("a", "")], [("none", "x"), ("empty", "y")]], ids=str)
+def test_an_evaluation_of_nothing_is_an_error(folder: Path, records: list[tuple[str, str]]) -> None:
+    with pytest.raises(DataError, match=r"nothing to evaluate on, all .* records are unusable"):
+        EvalPairs("val", packed(folder, *records), EVAL).verify()
+
+
+def test_skips_are_counted_and_listed_once(tmp_path: Path) -> None:
+    log = SkipLog(tmp_path / "run", max_bad_ratio=0.5, min_reads=10)
+    log.update([], good=3)
+    bad = [("coco", BadRecord("missing_image", f"coco/{i % 2}", "x.jpg")) for i in range(3)]
+    log.update([*bad, ("vg", BadRecord("no_caption", "vg/1"))], good=5)
+    assert (log.total, log.good) == (4, 8)
+    assert log.summary() == "coco: 3 missing_image; vg: 1 no_caption"
+    lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert [(line["dataset"], line["record"], line["cause"]) for line in lines] == [
+        ("coco", "coco/0", "missing_image"),
+        ("coco", "coco/1", "missing_image"),
+        ("vg", "vg/1", "no_caption"),
+    ]
+    assert lines[0]["detail"] == "x.jpg"
+
+
+def test_a_resumed_run_counts_on_and_lists_nothing_twice(tmp_path: Path) -> None:
+    first = SkipLog(tmp_path)
+    first.update([("coco", BadRecord("missing_image", "coco/0"))], good=9)
+    state = json.loads(json.dumps(first.state_dict()))
+    with first.path.open("a") as file:  # type: ignore[union-attr]
+        file.write('{"dataset": "co')  # killed while writing
+    second = SkipLog(tmp_path)
+    second.load_state_dict(state)
+    second.update([("coco", BadRecord("missing_image", f"coco/{i}")) for i in (0, 1)], good=1)
+    assert second.state_dict() == {"good": 10, "bad": {"coco": {"missing_image": 3}}}
+    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["record"] for line in (lines[0], lines[2])] == ["coco/0", "coco/1"]
+    assert len(lines) == 3
+
+
+def test_too_many_skips_stop_the_run(tmp_path: Path) -> None:
+    log = SkipLog(tmp_path, max_bad_ratio=0.25, min_reads=20)
+    one = [("coco", BadRecord("missing_image", "coco/0"))]
+    for _ in range(5):
+        log.update(one, good=1)  # far above the share, but too few to judge
+    log.update(one, good=13)
+    log.update([("coco", BadRecord("no_caption", "coco/1"))] * 1, good=6)  # 7 of 31
+    with pytest.raises(
+        DataError, match=r"9 of 33 records cannot be read \(coco: 8 missing_image, 1 no_caption\), .*=0.25"
+    ):
+        log.update(one * 2)
+    with pytest.raises(DataError, match=r"they are listed in .*skipped\.jsonl; mend the data"):
+        log.update(one)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    SkipLog().update([("coco", BadRecord("missing_image", "coco/0"))], good=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_ranks_list_in_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip.dist.rank", lambda: 3)
+    SkipLog(tmp_path).update([("coco", BadRecord("missing_image", "coco/0"))], good=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped-3.jsonl"]
