@@ -31,16 +31,17 @@ blip_env() {
   echo "$state" >"$stamp"
 }
 
-# The first Python that is new enough.
+# PYTHON, or else the first Python that is new enough.
 blip_python() {
-  local python
-  for python in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11; do
+  local python candidates=(python3 python python3.13 python3.12 python3.11)
+  [ -n "${PYTHON:-}" ] && candidates=("$PYTHON")
+  for python in "${candidates[@]}"; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$python"
       return
     fi
   done
-  echo "error: no Python >= 3.11 found; install one, or set PYTHON to its path" >&2
+  echo "error: no Python >= 3.11 among ${candidates[*]}; install one, or set PYTHON to its path" >&2
   return 2
 }
 
