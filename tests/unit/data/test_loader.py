@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -344,6 +345,45 @@ def test_workers_ignore_stop_signals_and_use_one_thread() -> None:
     batch: Any = take(TrainLoader({"one": Asking("one", 9)}, LoaderConfig(4, num_workers=1)), 1)[0]
     assert batch["ignored"].tolist() == [True] * 4
     assert batch["threads"].tolist() == [1] * 4
+
+
+def test_workers_use_the_tokenizer_without_threads_and_this_process_as_it_likes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "TOKENIZERS_PARALLELISM"
+
+    def tokenize_and_tell(texts: list[str]) -> dict[str, Any]:
+        return {**tokenize(texts), "told": [os.environ.get(name)] * len(texts)}
+
+    for here in (None, "true"):
+        if here is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, here)
+        loader = TrainLoader(
+            {"one": Toy("one", 9)}, LoaderConfig(4, num_workers=1), tokenize=tokenize_and_tell
+        )
+        assert take(loader, 1)[0]["told"] == ["false"] * 4
+        assert os.environ.get(name) == here
+
+
+def test_an_interrupted_read_is_done_again() -> None:
+    class Interrupted(Toy):
+        calls = 0
+
+        def sample_or_substitute(
+            self, index: int, epoch: int, seed: int
+        ) -> tuple[dict[str, Any], list[BadRecord]]:
+            self.calls += 1
+            if self.calls == 8:
+                raise KeyboardInterrupt
+            return super().sample_or_substitute(index, epoch, seed)
+
+    loader = TrainLoader({"one": Interrupted("one", 19)}, LoaderConfig(4))
+    found = take(loader, 1)
+    with pytest.raises(KeyboardInterrupt):
+        next(loader)
+    assert_same(found + take(loader, 3), take(TrainLoader({"one": Toy("one", 19)}, LoaderConfig(4)), 4))
 
 
 def test_a_process_that_ends_without_closing_its_loader_ends(tmp_path: Path) -> None:

@@ -131,6 +131,11 @@ def test_a_larger_window_mixes_more_samples(tmp_path: Path) -> None:
     assert found != names(sizes)
 
 
+def test_samples_of_one_window_come_in_another_order_in_each_epoch(tmp_path: Path) -> None:
+    lane = Lane(dataset(tmp_path, numbered([9]), window=9), 1, 0, 1, START)
+    assert len({tuple(captions(lane, 9)) for _ in range(4)}) == 4
+
+
 def test_orders_depend_on_the_seed_and_augmentations_on_the_epoch(tmp_path: Path) -> None:
     shards = dataset(tmp_path, numbered([30]), window=30)
     lane, same, other = (Lane(shards, seed, 0, 1, START) for seed in (1, 1, 2))
@@ -266,13 +271,14 @@ def test_a_position_in_shards_that_have_shrunk_is_an_error(tmp_path: Path) -> No
 def test_a_header_that_points_backwards_ends_the_shard(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tar", pairs(0, 3))
     data = bytearray(path.read_bytes())
-    info = tarfile.TarInfo("001.png")
+    info = tarfile.TarInfo("001.json")
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    # A negative size in base 256, as an attacker may write it, with the right checksum.
+    # A negative size in base 256, as an attacker may write it, with the right checksum: reading so many
+    # bytes would read all, and the next header would be this one again.
     header[124:136] = (-2048).to_bytes(12, "big", signed=True)
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    data[2048:2560] = header
+    data[3072:3584] = header
     path.write_bytes(data)
     assert entries(path) == ["000", ("truncated_shard", "a.tar")]
 
