@@ -168,12 +168,17 @@ def load_into(
         reshaped=[n for n in differing if n not in misfits],
         misfits={n: (tuple(differing[n].shape), tuple(wanted[n].shape)) for n in misfits},
     )
-    refused = [n for n in report.missing if not matches(n, allow_missing)]
-    refused += [n for n in report.unexpected if not matches(n, allow_unexpected)]
-    if refused:
+    refused = LoadReport(
+        source,
+        loaded,
+        missing=[n for n in report.missing if not matches(n, allow_missing)],
+        unexpected=[n for n in report.unexpected if not matches(n, allow_unexpected)],
+    )
+    if refused.missing or refused.unexpected:
+        names = {*refused.missing, *refused.unexpected}
+        refused.misfits = {n: shapes for n, shapes in report.misfits.items() if n in names}
         raise CheckpointError(
-            f"{report.text()}; {source} does not fit: it was made with another arch or other sizes,"
-            " or needs 'blip convert'"
+            f"{refused.text()}; it is of another arch or other sizes, or needs 'blip convert' first"
         )
     return report
 

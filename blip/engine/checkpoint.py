@@ -295,8 +295,8 @@ def _check_origin(folder: Path, state: Mapping[str, Any], model: Any) -> None:
     saved, present = state["world_size"], dist.world_size()
     if saved != present:
         raise CheckpointError(
-            f"'{folder}' was saved by {saved} process{'es' * (saved > 1)} and this run has {present};"
-            f" resume with {saved} (torchrun), or start a new run from its weights with model.init_from={folder}"
+            f"'{folder}' was saved by {saved} processes and this run has {present}; resume"
+            f" with {saved} (torchrun), or start a new run from its weights with model.init_from={folder}"
         )
 
 
