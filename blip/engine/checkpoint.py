@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from blip import atomic, dist
 from blip.engine import checkpoint_files as files
 from blip.engine.checkpoint_files import latest, read_state
 from blip.engine.rng import capture_rng, restore_rng
-from blip.errors import BlipError, CheckpointError
+from blip.engine.together import on_all, on_main
+from blip.errors import CheckpointError
 from blip.weights import (
     CHECKPOINT_FOLDER,
     WEIGHTS_FILE,
@@ -35,8 +36,6 @@ from blip.weights import (
 __all__ = ["Checkpoints", "Stateful", "fingerprint", "latest", "load_model", "read_state"]
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Stateful(Protocol):
@@ -85,8 +84,8 @@ class Checkpoints:
         if resume is None:
             return None
         if resume == "auto":
-            return _on_main(lambda: latest(self.folder.parent))
-        return _on_main(lambda: files.checkpoint_at(Path(resume).expanduser()))
+            return on_main(lambda: latest(self.folder.parent))
+        return on_main(lambda: files.checkpoint_at(Path(resume).expanduser()))
 
     def save(
         self,
@@ -125,7 +124,7 @@ class Checkpoints:
                 ) from error
             self._rotate()
 
-        _on_main(write)
+        on_main(write)
         return place
 
     def restore(
@@ -143,15 +142,15 @@ class Checkpoints:
             CheckpointError: incomplete or damaged, of an unknown format, of another model or number of
                 processes, or without one of the states.
         """
-        step = _on_all(lambda: _read(folder, model, stateful, per_rank or {}))
+        step = on_all(lambda: _read(folder, model, stateful, per_rank or {}))
         self._resumed = folder.resolve()
-        _on_main(lambda: self._rewind(folder, step))
+        on_main(lambda: self._rewind(folder, step))
         return step
 
     def mark_best(self, step: int) -> None:
         """Point `best` at the checkpoint of `step`, where there is one."""
         place = files.step_folder(self.folder, step)
-        _on_main(lambda: files.point(self.folder / "best", place) if place.is_dir() else None)
+        on_main(lambda: files.point(self.folder / "best", place) if place.is_dir() else None)
 
     def _describe(self, step: int, model: Any, world_size: int) -> dict[str, Any]:
         parts = model.frozen_parts()
@@ -298,23 +297,3 @@ def _check_origin(folder: Path, state: Mapping[str, Any], model: Any) -> None:
             f"'{folder}' was saved by {saved} processes and this run has {present}; resume"
             f" with {saved} (torchrun), or start a new run from its weights with model.init_from={folder}"
         )
-
-
-def _on_main(action: Callable[[], T]) -> T:
-    """Rank 0's result of `action`, on every rank."""
-    result: Any = _on_all(lambda: action() if dist.is_main() else None)
-    return dist.broadcast_object(result)
-
-
-def _on_all(action: Callable[[], T]) -> T:
-    """The result of `action`; where it fails on one rank, it fails on all with the same message."""
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except (BlipError, OSError) as error:
-        failure = error
-    messages = [message for message in dist.gather_objects(str(failure) if failure else None) if message]
-    if messages:
-        raise CheckpointError(messages[0]) from failure
-    return result

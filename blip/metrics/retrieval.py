@@ -38,8 +38,8 @@ def recalls(scores_i2t: Any, scores_t2i: Any, txt2img: Sequence[int]) -> dict[st
 def ranks_of_images(scores: Tensor, txt2img: Tensor) -> Tensor:
     """Rank of each image's best own text: how many texts of other images score at least as high.
 
-    A tie counts against the model, so a constant score finds nothing and no order of the data helps. A score
-    of -inf or NaN means that a pair is no candidate; an image none of whose own texts is one gets `NOT_FOUND`.
+    A tie counts against the model, so a constant score finds nothing and no order of the data helps. A
+    score of -inf or NaN means that a pair is no candidate; an image with no own text among them is `NOT_FOUND`.
 
     Args:
         scores: (images, texts), any device.
