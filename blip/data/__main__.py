@@ -129,8 +129,8 @@ def run_prepare(args: argparse.Namespace) -> int:
         for line in missing:
             print(f"  {line}")
         raise DataError(
-            f"{' '.join(args.names)}: not complete, {len(missing)} entries above are wanted; bring them to those"
-            " places and run this again, with --from FOLDER where annotation files lie elsewhere"
+            f"{' '.join(args.names)}: not complete, {len(missing)} entries above are wanted; bring them to"
+            " those places and run this again, with --from FOLDER where annotation files lie elsewhere"
         )
     print(f"complete; 'blip data check {args.names[0]}' reads it all")
     return EXIT_OK

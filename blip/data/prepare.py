@@ -80,7 +80,7 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
 
 
 def _find(target: Path, downloads: Path | None) -> Path | None:
-    """The file to take: from `downloads`, there perhaps with the set's name in front; else the one in place."""
+    """The file to take: in `downloads`, perhaps with the set's name in front; else the one in place."""
     names = (target.name, f"{target.parent.parent.name}_{target.name}")
     found = [downloads / n for n in names if (downloads / n).is_file()] if downloads else []
     return found[0] if found else target if target.is_file() else None
