@@ -121,9 +121,7 @@ def _misplaced(source: Source) -> list[str]:
     floor = _floor(source.module)
     if floor is None:
         where = f"FLOORS in {Path(__file__).relative_to(ROOT)}"
-        return [
-            f"blip/{source.path}: no floor; add its room {_room(source.module)!r} to {where} and to the design"
-        ]
+        return [f"blip/{source.path}: no floor; add its room {_room(source.module)!r} to {where}"]
     found = []
     for line, module, in_function in source.imports:
         at = f"blip/{source.path}:{line}"
