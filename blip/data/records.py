@@ -6,6 +6,7 @@ reference count; here all records are one byte array of JSON. A million records 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from blip import keyed
 from blip.data.readers import Record, detect, read_file
 from blip.data.samples import MALFORMED
 from blip.errors import DataError, hint
@@ -41,6 +41,7 @@ COLUMNS = {
 }
 """Our columns, each with the names it is looked for under, best first, where `columns` says nothing."""
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LOOKED_AT = 100
 """Records at the start of a file that are searched for the columns."""
 
@@ -64,7 +65,7 @@ class PackedRecords:
     ) -> None:
         blob, ends, keys, counts = bytearray(), array("q", [0]), array("Q"), array("i")
         for number, record in enumerate(records):
-            blob += json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            blob += _ENCODE(record).encode("utf-8", "surrogatepass")
             ends.append(len(blob))
             keys.append(_picture_key(record, number))
             caption = record.get("caption")
@@ -133,7 +134,7 @@ class HfRecords:
             value = row[id_column]
             # Embedded pictures without an id count as different ones; hashing them would read them all.
             plain = value is not None and not isinstance(value, dict | bytes)
-            keys.append(keyed.key("picture", str(value) if plain else number))
+            keys.append(_hash(f"picture {value}" if plain else f"record {number}"))
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self.num_captions = np.ones(len(dataset), np.int32)
         if caption := columns.get("caption"):
@@ -226,6 +227,7 @@ def _stream(
             records = read_file(path, layout)
             head = list(itertools.islice(records, _LOOKED_AT))
             names = _find_columns(head, columns, path, name, required)
+            names = {ours: theirs for ours, theirs in names.items() if ours != theirs}
             for record in itertools.chain(head, records):
                 count += 1
                 yield _rename(record, names)
@@ -265,7 +267,7 @@ def _find_columns(
 
 
 def _rename(record: Record, names: Mapping[str, str]) -> Record:
-    if MALFORMED in record:
+    if not names or MALFORMED in record:
         return record
     taken = set(names.values())
     renamed = {key: value for key, value in record.items() if key not in taken and key not in names}
@@ -324,9 +326,14 @@ def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
 def _picture_key(record: Record, number: int) -> int:
     """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
     if (image_id := record.get("image_id")) is not None:
-        return keyed.key("image_id", str(image_id))
+        return _hash(f"id {image_id}")
     image = record.get("image")
-    return keyed.key("image", image) if isinstance(image, str) else keyed.key("record", number)
+    return _hash(f"image {image}" if isinstance(image, str) else f"record {number}")
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _root(path: Path, root: Path | None) -> str:
