@@ -53,7 +53,7 @@ def _qformer_layer() -> list[Rule]:
         "output.dense": "out",
         "output.LayerNorm": "norm",
     }
-    names = {}
+    names: dict[str, str] = {}
     for kind, own in (("attention", "self_attn"), ("crossattention", "cross_attn")):
         names |= {f"{kind}.{a}": f"{own}.{b}" for a, b in attention.items()}
     for suffix, own in (("", "text_ffn"), ("_query", "query_ffn")):

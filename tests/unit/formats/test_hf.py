@@ -1,4 +1,4 @@
-"""The table for Hugging Face's weights; `tests/parity/test_blip2_stage1_hf.py` compares with the real model."""
+"""The table for Hugging Face's weights; `tests/parity/test_blip2_stage1_hf.py` has the real model."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blip.errors import CheckpointError
-from blip.formats.rules import Drop, Rename, Table, Transform, copy_of, expand
+from blip.formats.rules import Drop, Omit, Rename, Table, Transform, copy_of, expand
 
 
 def split_bias(fused: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,7 @@ TABLE = Table(
         Rename("words.weight", "word.weight"),
         Drop("head.weight", "tied to the words", copy_of("words.weight")),
         Drop("counter", "a training statistic"),
+        Omit("temp", "only training needs it"),
     ],
 )
 
@@ -74,6 +75,12 @@ def test_the_report_has_every_key_once_with_what_happened_to_it() -> None:
         "head.weight -> - (tied to the words)",
         "counter -> - (a training statistic)",
     ]
+
+
+def test_what_the_other_side_has_no_place_for_is_left_out_and_reported() -> None:
+    state, report = TABLE.to_theirs({"temp": torch.tensor(0.07)})
+    assert state == {}
+    assert [str(line) for line in report] == ["temp -> - (only training needs it)"]
 
 
 def test_a_key_without_a_rule_is_an_error_that_names_the_nearest() -> None:
