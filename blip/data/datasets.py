@@ -41,6 +41,10 @@ class Records(Protocol):
         """Path or content of a record's picture."""
         ...
 
+    def where(self, index: int) -> str:
+        """File and number within it of a record, for messages."""
+        ...
+
 
 class PairDataset:
     """Image-text pairs to train on, by number; a record with several captions counts once for each.
@@ -83,11 +87,14 @@ class PairDataset:
         number, which = self._locate(index)
         name = self._name(number, which)
         record = self.records[number]
-        captions = self.maker.captions(record, name)
-        if isinstance(captions, list) and captions:
-            record = {**record, "caption": captions[which]}
         rng = keyed.generator(seed, "augment", self.name, epoch, index)
-        sample = self.maker(record, _source(self.records, number, record, name), name, rng)
+        try:
+            captions = self.maker.captions(record, name)
+            if isinstance(captions, list) and captions:
+                record = {**record, "caption": captions[which]}
+            sample = self.maker(record, _source(self.records, number, record, name), name, rng)
+        except BadRecord as error:
+            raise BadRecord(error.cause, name, self._detail(number, error)) from error
         if self.image_ids:
             sample["image_id"] = int(self.records.pictures[number])
         return sample
@@ -122,6 +129,9 @@ class PairDataset:
             return index, 0
         number = int(np.searchsorted(self._ends, index, side="right"))
         return number, index - (int(self._ends[number - 1]) if number else 0)
+
+    def _detail(self, number: int, error: BadRecord) -> str:
+        return f"{self.records.where(number)}: {error.detail}".removesuffix(": ")
 
     def _name(self, number: int, which: int) -> str:
         return f"{self.name}/{number}" + (f"#{which}" if which else "")

@@ -52,7 +52,7 @@ class PackedRecords:
     Args:
         records: with our column names.
         roots: for each file, the folder its image paths start from.
-        starts: number of the first record of each file; read when `records` is used up.
+        starts: number of the first record of each file; may grow while `records` moves from file to file.
         files: names of the files, for messages.
     """
 
@@ -64,10 +64,11 @@ class PackedRecords:
         files: Sequence[str] = ("",),
     ) -> None:
         blob, ends, keys, counts = bytearray(), array("q", [0]), array("Q"), array("i")
+        starts = [0] if starts is None else starts
         for number, record in enumerate(records):
             blob += _ENCODE(record).encode("utf-8", "surrogatepass")
             ends.append(len(blob))
-            keys.append(_picture_key(record, number))
+            keys.append(_picture_key(record, number, roots[len(starts) - 1]))
             caption = record.get("caption")
             counts.append(len(caption) if isinstance(caption, list) else int(caption is not None))
         self._blob = np.frombuffer(blob, np.uint8)
@@ -75,7 +76,7 @@ class PackedRecords:
         self.num_captions = np.frombuffer(counts, np.int32)
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self._roots, self._files = list(roots), list(files)
-        self._starts = np.array(starts or [0], np.int64)
+        self._starts = np.array(starts, np.int64)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -323,12 +324,12 @@ def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
     return rank[inverse], len(first)
 
 
-def _picture_key(record: Record, number: int) -> int:
+def _picture_key(record: Record, number: int, root: str) -> int:
     """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
     if (image_id := record.get("image_id")) is not None:
         return _hash(f"id {image_id}")
     image = record.get("image")
-    return _hash(f"image {image}" if isinstance(image, str) else f"record {number}")
+    return _hash(f"image {os.path.join(root, image)}" if isinstance(image, str) else f"record {number}")
 
 
 def _hash(text: str) -> int:

@@ -87,13 +87,15 @@ def test_a_bad_record_is_named_with_its_cause(folder: Path) -> None:
         {"image": "a.png", "caption": ["fine", "!!"]},
         {MALFORMED: "line 3: not valid JSON"},
     ]
-    dataset = PairDataset("mine", PackedRecords(records, [str(folder)]), TRAIN)
-    found = {}
+    dataset = PairDataset("mine", PackedRecords(records, [str(folder)], files=["list.json"]), TRAIN)
+    found, details = {}, []
     for index in range(len(dataset)):
         try:
             dataset.sample(index)
         except BadRecord as error:
             found[error.name] = error.cause
+            details.append(error.detail)
+    assert all(detail.startswith("list.json[") for detail in details)
     assert found == {
         "mine/0": "truncated_image",
         "mine/1": "missing_image",

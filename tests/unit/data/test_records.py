@@ -145,8 +145,17 @@ def test_several_files_are_one_list_and_know_their_places(tmp_path: Path) -> Non
         str(tmp_path / "pictures/z.jpg"),
         "/abs/y.jpg",
     ]
+    assert records.pictures.tolist() == [0, 1, 2, 3]
     assert records.where(1) == f"{one}[1]"
     assert records.where(2) == f"{two}[0]"
+
+
+def test_equal_paths_below_different_folders_are_different_pictures(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / name / "r.json", json.dumps([{"image": "a.jpg", "caption": "x"}])) for name in "pq"
+    ]
+    assert read_records(files).pictures.tolist() == [0, 1]
+    assert read_records(files, roots=[tmp_path, tmp_path]).pictures.tolist() == [0, 0]
 
 
 def test_a_limit_stops_reading(tmp_path: Path) -> None:
