@@ -126,7 +126,7 @@ def checkpoint_at(path: Path) -> Path:
         CheckpointError: there is none, or it is incomplete.
     """
     folder = pointer_target(path) or path
-    if step_number(folder) >= 0 or (folder / STATE_FILE).is_file():
+    if (folder.is_dir() and step_number(folder) >= 0) or (folder / STATE_FILE).is_file():
         read_state(folder)
         return folder
     found = latest(folder.parent if folder.name == CHECKPOINT_FOLDER else folder)

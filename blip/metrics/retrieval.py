@@ -39,7 +39,7 @@ def ranks_of_images(scores: Tensor, txt2img: Tensor) -> Tensor:
     """Rank of each image's best own text: how many texts of other images score at least as high.
 
     A tie counts against the model, so a constant score finds nothing and no order of the data helps. A
-    score of -inf or NaN means that a pair is no candidate; an image with no own text among them is `NOT_FOUND`.
+    score of -inf or NaN means that a pair is no candidate; an image without one gets `NOT_FOUND`.
 
     Args:
         scores: (images, texts), any device.
