@@ -90,12 +90,15 @@ def gather_pool(
         states: (B, P, D_image) of the local rows.
         keys: of the local images, reused where this process holds the whole batch.
         use_ids: read `image_id` where the batch has it.
-        grad: let gradients flow to the features of other ranks.
+        grad: let gradients flow to the features that rows are contrasted with. Without it only the row side of
+            the similarities has a gradient, as LAVIS trains (`concat_all_gather`), whatever the number of ranks.
         in_row_order: gathered rows already stand in global row order (one micro-batch).
     """
     total = batch.get("batch_total") or len(text_feats) * dist.world_size()
     image_id = batch.get("image_id") if use_ids else None
     ids, mask = batch["text_ids"], batch["text_mask"]
+    if not grad:
+        image_feats, text_feats = image_feats.detach(), text_feats.detach()
     if dist.world_size() == 1 and in_row_order:
         columns = torch.arange(total, device=text_feats.device)
         return Pool(image_feats, text_feats, ids, mask, image_id, columns, None, states, keys, total)
