@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from blip.errors import ConfigError
 
 EMBEDDED = "scenes"
+# Loader workers are forked; the Rust tokenizer's threads would warn of it and compete with them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 DEC, ENC = "[DEC]", "[ENC]"
 
@@ -50,10 +53,15 @@ class WordPieces:
             text_ids: int64 (B, T); text_mask: bool (B, T), True = real token.
         """
         if not texts:
-            return {"text_ids": torch.zeros(0, 1, dtype=torch.long), "text_mask": torch.zeros(0, 1, dtype=torch.bool)}
+            return {
+                "text_ids": torch.zeros(0, 1, dtype=torch.long),
+                "text_mask": torch.zeros(0, 1, dtype=torch.bool),
+            }
         encoded = [e.ids for e in self._tokenizer.encode_batch(texts)]
         if max_length is not None:
-            encoded = [ids if len(ids) <= max_length else [*ids[: max_length - 1], self.sep_id] for ids in encoded]
+            encoded = [
+                ids if len(ids) <= max_length else [*ids[: max_length - 1], self.sep_id] for ids in encoded
+            ]
         longest = max(len(ids) for ids in encoded)
         ids = torch.full((len(texts), longest), self.pad_id)
         mask = torch.zeros(len(texts), longest, dtype=torch.bool)
@@ -69,30 +77,49 @@ class WordPieces:
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise ConfigError(f"model.tokenizer: {self.source!r} has no {token} token; a BERT-like vocabulary is needed")
+            raise ConfigError(
+                f"model.tokenizer: {self.source!r} has no {token} token; a BERT-like vocabulary is needed"
+            )
         return found
 
 
 def _load(source: str) -> Tokenizer:
     if source == EMBEDDED:
-        return BertWordPieceTokenizer(str(resources.files("blip") / "models" / "scenes_vocab.txt"), lowercase=True)
+        return _word_pieces(Path(str(resources.files("blip") / "models" / "scenes_vocab.txt")))
     path = Path(source)
     if (path / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(path / "tokenizer.json"))
+        return _plain(Tokenizer.from_file(str(path / "tokenizer.json")))
     for file in (path, path / "vocab.txt"):
         if file.is_file():
-            return BertWordPieceTokenizer(str(file), lowercase=True)
+            return _word_pieces(file)
     return _from_hub(source)
+
+
+def _word_pieces(file: Path) -> Tokenizer:
+    try:
+        return BertWordPieceTokenizer(str(file), lowercase=True)
+    except Exception as error:  # tokenizers raises plain Exception and TypeError
+        raise ConfigError(
+            f"model.tokenizer: '{file}' is no vocabulary of BERT word pieces ({error}); it has one piece a line,"
+            f" {PAD}, {UNK}, {CLS}, {SEP} and {MASK} among them"
+        ) from error
 
 
 def _from_hub(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer
+        return _plain(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.tokenizer: no vocabulary {name!r}: not a vocab.txt or folder on disk, and not in the Hugging Face"
             f" cache or reachable on its hub ({type(error).__name__}); give the path of a vocab.txt, or 'scenes' for"
             " the embedded one"
         ) from error
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Without the file's own cutting and padding, which are decided per call."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,319 @@
+"""`report.html`: a run folder as one page that needs nothing else, neither files nor network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from blip import atomic
+from blip.engine.charts import line_chart, short
+from blip.engine.display import ITM_CHANCE
+from blip.engine.report_style import STYLE
+from blip.engine.run_folder import (
+    CONFIG_FILE,
+    ENV_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FOLDER,
+    REPORT_FILE,
+    SKIPPED_FILES,
+)
+from blip.errors import DataError
+
+THUMBNAIL_SIDE = 160
+MAX_SAMPLES = 12
+"""Samples shown of each split."""
+MAX_COLUMNS = 6
+"""Evaluations shown side by side in a table."""
+
+Line = dict[str, Any]
+
+_FIRST_CHARTS = ("loss", "loss_itc", "loss_itm", "loss_lm", "itc_acc", "itm_acc", "lr", "grad_norm")
+_NO_FIGURES = ("split", "step", "epoch")
+_DATA_URI = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+=*")
+_NAMES = ("image", "index", "image_id", "instance_id", "score")
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a run folder from what lies there; returns its path.
+
+    Pictures of samples are those that predictions name under `image`: a path, absolute or from the run folder,
+    or a `data:` URI as `thumbnail` makes it.
+
+    Raises:
+        DataError: no run in that folder.
+    """
+    folder = Path(run_dir)
+    metrics = _lines(folder / METRICS_FILE)
+    config = _text(folder / CONFIG_FILE)
+    if not metrics and not config:
+        raise DataError(
+            f"'{folder}' holds no run: neither {METRICS_FILE} nor {CONFIG_FILE}; give a run folder"
+        )
+    train = [line for line in metrics if line.get("split") == "train"]
+    evaluations = _by_split(line for line in metrics if line.get("split") != "train")
+    sections = [
+        _header(folder, train, config),
+        _scores(evaluations),
+        _section("Training", _training_charts(train), "charts"),
+        _section("Evaluations", _evaluation_charts(evaluations), "charts"),
+        _samples(folder),
+        _troubles(folder),
+        _details("Configuration", f"<pre>{escape(config)}</pre>" if config else ""),
+        _details("Environment", _environment(_text(folder / ENV_FILE))),
+    ]
+    title = escape(folder.resolve().name)
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n{''.join(s for s in sections if s)}</body>\n</html>\n"
+    )
+    path = folder / REPORT_FILE
+    atomic.write_text(path, page)
+    return path
+
+
+def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> str:
+    """A small picture as a `data:` URI."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# Numbers
+
+
+def _header(folder: Path, train: Sequence[Line], config: str) -> str:
+    facts = []
+    for key in ("arch", "model_type", "task"):
+        found = re.search(rf"^  {key}: ['\"]?([\w./-]+)", config, re.MULTILINE)
+        if found:
+            facts.append((key, found[1]))
+    if train:
+        facts.append(("steps", str(train[-1]["step"])))
+        facts.append(("epoch", str(train[-1].get("epoch", "?"))))
+        speeds = sorted(v for line in train if (v := _figure(line, "samples_per_s")) is not None)
+        if speeds:
+            facts.append(("samples/s", short(speeds[len(speeds) // 2])))
+    items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
+    return f"<header><h1>{escape(folder.resolve().name)}</h1><dl>{items}</dl></header>\n"
+
+
+def _scores(evaluations: Mapping[str, Sequence[Line]]) -> str:
+    """A table per split: figures down, evaluations across, the newest last."""
+    tables = []
+    for split, lines in evaluations.items():
+        shown = lines[-MAX_COLUMNS:]
+        names = list(dict.fromkeys(name for line in shown for name in _figure_names(line)))
+        head = "".join(f"<th>step {line['step']}</th>" for line in shown)
+        body = "".join(
+            f"<tr><th>{escape(name)}</th>"
+            + "".join(f"<td>{_cell(line, name)}</td>" for line in shown)
+            + "</tr>"
+            for name in names
+        )
+        left_out = f" <small>the last {len(shown)} of {len(lines)}</small>" if len(shown) < len(lines) else ""
+        tables.append(
+            f'<div class="table"><table><caption>{escape(split)}{left_out}</caption><thead><tr><th></th>{head}</tr>'
+            f"</thead><tbody>{body}</tbody></table></div>"
+        )
+    return _section("Scores", tables, "tables")
+
+
+def _training_charts(train: Sequence[Line]) -> list[str]:
+    found = list(dict.fromkeys(name for line in train for name in _figure_names(line)))
+    names = [name for name in _FIRST_CHARTS if name in found] + [n for n in found if n not in _FIRST_CHARTS]
+    levels = {"loss_itm": (ITM_CHANCE, "chance"), "itm_acc": (2 / 3, "chance")}
+    return [line_chart(name, {name: _points(train, name)}, levels.get(name)) for name in names]
+
+
+def _evaluation_charts(evaluations: Mapping[str, Sequence[Line]]) -> list[str]:
+    """Charts of splits that were evaluated more than once; `txt_r1`, `txt_r5` ... share one."""
+    charts = []
+    for split, lines in evaluations.items():
+        if len(lines) < 2:
+            continue
+        groups: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name for line in lines for name in _figure_names(line)):
+            stem = re.sub(r"(?:\d+|_mean)$", "", name)
+            groups.setdefault(stem if stem != "r" else name, []).append(name)
+        for stem, names in groups.items():
+            title = f"{split} {stem if len(names) > 1 else names[0]}"
+            charts.append(line_chart(title, {name: _points(lines, name) for name in names}))
+    return charts
+
+
+# Samples
+
+
+def _samples(folder: Path) -> str:
+    newest: dict[str, tuple[int, Path]] = {}
+    for path in sorted((folder / PREDICTIONS_FOLDER).glob("*.json")):
+        found = re.fullmatch(r"(.*?)(?:-step-(\d+))?", path.stem)
+        assert found is not None
+        step = int(found[2] or 0)
+        if step >= newest.get(found[1], (-1, path))[0]:
+            newest[found[1]] = (step, path)
+    parts = []
+    for name, (_, path) in newest.items():
+        predictions = _predictions(path)
+        with_image = [p for p in predictions if p.get("image")] or predictions
+        every = max(len(with_image) // MAX_SAMPLES, 1)
+        cards = [_card(folder, p) for p in with_image[::every][:MAX_SAMPLES]]
+        if cards:
+            parts.append(f'<h3>{escape(name)}</h3><div class="cards">{"".join(cards)}</div>')
+    return _section("Samples", parts)
+
+
+def _card(folder: Path, prediction: Mapping[str, Any]) -> str:
+    picture = _picture(folder, prediction.get("image"))
+    parts = [f'<img src="{picture}" alt="">'] if picture else []
+    truth = _texts(prediction.get("truth"))
+    for key, value in prediction.items():
+        if key in _NAMES or value is None or value == []:
+            continue
+        texts = [
+            f'<li class="right">{escape(t)}</li>'
+            if key == "found" and t in truth
+            else f"<li>{escape(t)}</li>"
+            for t in _texts(value)
+        ]
+        parts.append(f"<h4>{escape(str(key))}</h4><ol>{''.join(texts)}</ol>")
+    name = prediction.get("instance_id", prediction.get("image_id", ""))
+    return f"<article>{''.join(parts)}<footer>{escape(str(name))}</footer></article>"
+
+
+def _picture(folder: Path, image: Any) -> str | None:
+    """A `data:` URI for what a prediction names; None where it cannot be shown."""
+    if not isinstance(image, str):
+        return None
+    if image.startswith("data:"):
+        return image if _DATA_URI.fullmatch(image) else None
+    try:
+        with Image.open(folder / image) as picture:  # an absolute path stays what it is
+            return thumbnail(picture)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value[:5]]
+    return [] if value is None else [str(value)]
+
+
+# Everything else
+
+
+def _troubles(folder: Path) -> str:
+    parts = []
+    events: dict[str, list[int]] = {}
+    for line in _lines(folder / EVENTS_FILE):
+        events.setdefault(str(line.get("event")), []).append(line["step"])
+    for kind, steps in events.items():
+        shown = ", ".join(map(str, steps[:10])) + (" ..." if len(steps) > 10 else "")
+        parts.append(f"<li>{escape(kind)}: {len(steps)} times, at step {shown}</li>")
+    causes: dict[str, int] = {}
+    for path in sorted(folder.glob(SKIPPED_FILES)):
+        for line in _json_lines(path):
+            cause = f"{line.get('dataset')}: {line.get('cause')}"
+            causes[cause] = causes.get(cause, 0) + 1
+    parts += [f"<li>skipped records of {escape(cause)}: {count}</li>" for cause, count in causes.items()]
+    return _section("Troubles", [f"<ul>{''.join(parts)}</ul>"] if parts else [])
+
+
+def _environment(text: str) -> str:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return ""
+    rows = [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in _flat(content)]
+    cells = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows)
+    return f'<div class="table"><table class="plain">{cells}</table></div>'
+
+
+def _flat(content: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key == "resumed" and isinstance(value, list):
+            yield "resumed", f"{len(value)} times"
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _section(title: str, parts: Sequence[str], kind: str = "") -> str:
+    content = "".join(part for part in parts if part)
+    return f'<section><h2>{title}</h2><div class="{kind}">{content}</div></section>\n' if content else ""
+
+
+def _details(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>\n" if content else ""
+
+
+# Reading
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json_lines(path: Path) -> list[Line]:
+    lines = []
+    for text in _text(path).splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a killed run may leave half a line
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _lines(path: Path) -> list[Line]:
+    """Lines that belong to a step."""
+    return [line for line in _json_lines(path) if isinstance(line.get("step"), int)]
+
+
+def _predictions(path: Path) -> list[Mapping[str, Any]]:
+    try:
+        content = json.loads(_text(path))
+    except ValueError:
+        return []
+    return [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+
+
+def _by_split(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """Evaluations per split, in order of their steps."""
+    found: dict[str, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        found.setdefault(str(line.get("split")), []).append(line)
+    return found
+
+
+def _figure(line: Line, name: str) -> float | None:
+    value = line.get(name)
+    return float(value) if type(value) in (int, float) and abs(value) < float("inf") else None
+
+
+def _figure_names(line: Line) -> list[str]:
+    return [name for name in line if name not in _NO_FIGURES and _figure(line, name) is not None]
+
+
+def _points(lines: Sequence[Line], name: str) -> list[tuple[float, float]]:
+    return [(line["step"], value) for line in lines if (value := _figure(line, name)) is not None]
+
+
+def _cell(line: Line, name: str) -> str:
+    value = _figure(line, name)
+    return "" if value is None else short(value)
