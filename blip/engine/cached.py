@@ -39,7 +39,9 @@ class Cacheable(Protocol):
         """The uni-modal passes; has `image_feats` and `text_feats`."""
         ...
 
-    def pool(self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, states: Tensor, **how: Any) -> Any:
+    def pool(
+        self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, states: Tensor, **how: Any
+    ) -> Any:
         """The global batch."""
         ...
 
@@ -86,10 +88,13 @@ def cached_step(
         seed(i)
         with autocast():
             seen = model.represent(batch, all_states[rows])
-            part = model.match(batch, seen, pool._replace(columns=pool.columns[rows]), negatives.of(rows))
-            part.update(model.narrate(batch, seen))
+            part = model.narrate(batch, seen)
+            own = pool._replace(columns=pool.columns[rows])
+            part.update(model.match(batch, seen, own, negatives.of(rows)))
         # The features' gradients carry the loss scale already.
-        towards = (seen.image_feats * all_image.grad[rows]).sum() + (seen.text_feats * all_text.grad[rows]).sum()
+        towards = (seen.image_feats * all_image.grad[rows]).sum() + (
+            seen.text_feats * all_text.grad[rows]
+        ).sum()
         (scale(part.loss_itm + part.loss_lm) + towards).backward()
         parts.append(Output({k: v.detach() for k, v in part.items()}))
 

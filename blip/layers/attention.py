@@ -55,7 +55,8 @@ def attend_segments(query: Tensor, segments: list[Segment], dropout: float) -> T
             parts.append(attend(part, source, None, dropout))
             continue
         num_heads, length, width = part.shape[1:]
-        side_by_side = part.unflatten(0, (copies, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, H, copies*T, d)
+        # (B, H, copies * T, D / H)
+        side_by_side = part.unflatten(0, (copies, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
         context = attend(side_by_side, source, None, dropout)
         parts.append(context.view(-1, num_heads, copies, length, width).permute(2, 0, 1, 3, 4).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -79,7 +80,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_heads: int, kv_width: int | None = None, dropout: float = 0.0, norm_eps: float = 1e-12
+        self,
+        width: int,
+        num_heads: int,
+        kv_width: int | None = None,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-12,
     ) -> None:
         super().__init__()
         kv_width = width if kv_width is None else kv_width
@@ -91,9 +97,19 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
-    def keys_values(self, states: Tensor) -> KeyValue:
-        """Keys and values of `states` (B, S, kv_width)."""
-        return KeyValue(self._heads(self.key(states)), self._heads(self.value(states)))
+    def keys_values(self, states: Tensor, norm: nn.LayerNorm | None = None) -> KeyValue:
+        """Keys and values of `states` (B, S, kv_width).
+
+        With `norm`, those of `states * norm.weight + norm.bias`. The matrices are scaled in place of the
+        states: where these carry no gradient (a frozen tower), none is computed with respect to them.
+        """
+        if norm is None:
+            return KeyValue(self._heads(self.key(states)), self._heads(self.value(states)))
+        key, value = (
+            F.linear(states, part.weight * norm.weight, F.linear(norm.bias, part.weight, part.bias))
+            for part in (self.key, self.value)
+        )
+        return KeyValue(self._heads(key), self._heads(value))
 
     def forward(self, hidden: Tensor, source: KeyValue | list[Segment], mask: Tensor | None = None) -> Tensor:
         query = self._heads(self.query(hidden))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,9 @@ class TextEmbedding(nn.Module):
         returns: (B, T, D), normalised and dropped out.
     """
 
-    def __init__(self, vocab_size: int, width: int, num_positions: int, dropout: float, norm_eps: float) -> None:
+    def __init__(
+        self, vocab_size: int, width: int, num_positions: int, dropout: float, norm_eps: float
+    ) -> None:
         super().__init__()
         self.word = nn.Embedding(vocab_size, width)
         self.position = nn.Embedding(num_positions, width)
@@ -35,7 +39,7 @@ class TextEmbedding(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """BERT's feed-forward sub-block: expand, GELU (erf), contract, drop, add, normalise. (B, T, D) -> same."""
+    """BERT's feed-forward: expand, GELU (erf), contract, drop, add, normalise. (B, T, D) -> same."""
 
     def __init__(self, width: int, inner: int, dropout: float, norm_eps: float) -> None:
         super().__init__()
@@ -45,8 +49,37 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, hidden: Tensor) -> Tensor:
-        inner = self.contract(F.gelu(self.expand(hidden)))
+        inner = _GeluLinear.apply(self.expand(hidden), self.contract.weight, self.contract.bias)
         return self.norm(hidden + F.dropout(inner, self.dropout, self.training))
+
+
+class _GeluLinear(torch.autograd.Function):
+    """`linear(gelu(inner))` that keeps `inner` only; the GELU, as wide, is computed again, elementwise.
+
+    Under autocast `inner` comes in half precision and the parameters in float32, as to `nn.Linear`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(inner, weight)
+        ctx.bias_dtype = bias.dtype
+        return F.linear(F.gelu(inner), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inner, weight = ctx.saved_tensors
+        wants_inner, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)  # (B * T, D)
+        grad_inner = grad_weight = grad_bias = None
+        if wants_inner:
+            grad_inner = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), inner.to(grad.dtype))
+            grad_inner = grad_inner.to(inner.dtype)
+        if wants_weight:
+            active = F.gelu(inner).flatten(0, -2).to(grad.dtype)
+            grad_weight = (rows.T @ active).to(weight.dtype)
+        if wants_bias:
+            grad_bias = rows.sum(dim=0).to(ctx.bias_dtype)
+        return grad_inner, grad_weight, grad_bias
 
 
 class LMHead(nn.Module):

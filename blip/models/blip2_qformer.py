@@ -92,11 +92,17 @@ class Blip2QformerConfig(ModelConfig):
         found += self._at_least(1, "image_size", "vocab_size") + self._at_least(3, "max_txt_len")
         found += self._within(0, 0.9, "dropout", "drop_path_rate", "label_smoothing")
         if self.max_txt_len > self.qformer.max_positions:
-            found.append(f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions {self.qformer.max_positions}")
+            found.append(
+                f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions {self.qformer.max_positions}"
+            )
         if self.vit_precision not in ("fp32", "fp16", "bf16"):
-            found.append(f"vit_precision: {self.vit_precision!r} is not a precision; choose from bf16, fp16, fp32")
+            found.append(
+                f"vit_precision: {self.vit_precision!r} is not a precision; choose from bf16, fp16, fp32"
+            )
         if self.vit_train_steps < 0 or (self.vit_train_steps and not self.freeze_vit):
-            found.append("vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0")
+            found.append(
+                "vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0"
+            )
         return found
 
     def tower(self) -> VisionConfig:
@@ -141,7 +147,12 @@ class Blip2Qformer(BlipModel):
     presets: ClassVar = {
         "pretrain": {},
         "pretrain_vitL": {"vit_model": "clip_L"},
-        "coco": {"image_size": 364, "freeze_vit": False, "vit_precision": "fp32", "use_grad_checkpoint": True},
+        "coco": {
+            "image_size": 364,
+            "freeze_vit": False,
+            "vit_precision": "fp32",
+            "use_grad_checkpoint": True,
+        },
     }
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
@@ -173,8 +184,9 @@ class Blip2Qformer(BlipModel):
         seen = self.represent(batch, self.image_states(batch))
         pool = self.pool(batch, seen.image_feats, seen.text_feats, seen.states, keys=seen.keys)
         output, negatives = self.contrast(batch, seen.image_feats, seen.text_feats, pool)
-        output.update(self.match(batch, seen, pool, negatives))
         output.update(self.narrate(batch, seen))
+        # Last, so that the backward pass begins here and frees the largest part before gradients pile up.
+        output.update(self.match(batch, seen, pool, negatives))
         output["loss"] = output.loss_itc + output.loss_itm + output.loss_lm
         return output
 
@@ -192,16 +204,25 @@ class Blip2Qformer(BlipModel):
         """The uni-modal passes: image features from the queries alone, text features from [CLS] alone."""
         keys = self.image_keys(states)
         image = self.qformer(images=[(keys, 1)])
-        return Representation(self._project_image(image.queries), self.text_feats(batch), states, keys, image.cache)
+        return Representation(
+            self._project_image(image.queries), self.text_feats(batch), states, keys, image.cache
+        )
 
     def image_keys(self, states: Tensor) -> ImageKeys:
-        """Keys and values of tower states (B, P, D_image); `ln_vision` is trained, so it stands here."""
-        return self.qformer.image_keys(self.normed(states))
+        """Keys and values of tower states (B, P, D_image) after `ln_vision`, in float32 up to the products."""
+        norm = self.ln_vision
+        plain = F.layer_norm(states.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps)
+        device = plain.device.type
+        if torch.is_autocast_enabled(device):  # once here, not in (and kept for) every projection
+            plain = plain.to(torch.get_autocast_dtype(device))
+        return self.qformer.image_keys(plain, norm)
 
     def normed(self, states: Tensor) -> Tensor:
         """`ln_vision` in float32, whatever the tower's precision. (B, P, D_image) -> same."""
         norm = self.ln_vision
-        return F.layer_norm(states.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        return F.layer_norm(
+            states.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps
+        )
 
     def text_feats(self, batch: dict[str, Any]) -> Tensor:
         """(B, E), unit norm, from [CLS]."""
@@ -231,7 +252,9 @@ class Blip2Qformer(BlipModel):
         ids, mask = pool.text_ids[pool.columns], pool.text_mask[pool.columns]
         text_ids = torch.cat([ids, pool.text_ids[negatives.text], ids])  # (3B, T)
         text_mask = torch.cat([mask, pool.text_mask[negatives.text], mask])
-        logits = self.itm_logits([(seen.keys, 2), (self._negative_keys(pool, negatives), 1)], text_ids, text_mask)
+        logits = self.itm_logits(
+            [(seen.keys, 2), (self._negative_keys(pool, negatives), 1)], text_ids, text_mask
+        )
         num_rows = len(ids)
         labels = torch.cat([ids.new_ones(num_rows), ids.new_zeros(2 * num_rows)])
         valid = negatives.valid.float()
@@ -258,7 +281,9 @@ class Blip2Qformer(BlipModel):
         """The LM loss: [DEC] and the text, behind the queries of the image pass."""
         ids, mask = batch["text_ids"], batch["text_mask"]
         start = torch.full_like(ids[:, :1], self.dec_id)
-        text = self.qformer.embedding(torch.cat([start, ids[:, 1:-1]], dim=1))  # the last token predicts nothing
+        text = self.qformer.embedding(
+            torch.cat([start, ids[:, 1:-1]], dim=1)
+        )  # the last token predicts nothing
         attention = causal_mask(mask[:, :-1], self.config.num_query_token)
         hidden = self.qformer(text, attention, past=seen.cache).text
         labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
@@ -286,7 +311,9 @@ class Blip2Qformer(BlipModel):
             UsageError: unknown mode.
         """
         if mode not in ("image", "text", "multimodal"):
-            raise UsageError(f"extract_features: unknown mode {mode!r}{hint(mode, ('image', 'text', 'multimodal'))}")
+            raise UsageError(
+                f"extract_features: unknown mode {mode!r}{hint(mode, ('image', 'text', 'multimodal'))}"
+            )
         if mode == "image":
             queries = self.qformer(images=[(self.image_keys(self.image_states(samples)), 1)]).queries
             return Output(image_embeds=queries, image_embeds_proj=self._project_image(queries))

@@ -39,7 +39,9 @@ class QFormerConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
-            raise ConfigError(f"qformer.num_heads: {self.num_heads} does not divide qformer.width {self.width}")
+            raise ConfigError(
+                f"qformer.num_heads: {self.num_heads} does not divide qformer.width {self.width}"
+            )
 
 
 class ImageKeys(NamedTuple):
@@ -72,13 +74,17 @@ class QFormerLayer(nn.Module):
     `keep` trims the last layer to the positions whose output somebody reads; the others are looked at only.
     """
 
-    def __init__(self, config: QFormerConfig, image_width: int | None, dropout: float, text_ffn: bool) -> None:
+    def __init__(
+        self, config: QFormerConfig, image_width: int | None, dropout: float, text_ffn: bool
+    ) -> None:
         super().__init__()
         sizes = {"num_heads": config.num_heads, "dropout": dropout, "norm_eps": config.norm_eps}
         self.self_attn = Attention(config.width, **sizes)
         self.cross_attn = Attention(config.width, kv_width=image_width, **sizes) if image_width else None
         self.query_ffn = FeedForward(config.width, config.mlp_dim, dropout, config.norm_eps)
-        self.text_ffn = FeedForward(config.width, config.mlp_dim, dropout, config.norm_eps) if text_ffn else None
+        self.text_ffn = (
+            FeedForward(config.width, config.mlp_dim, dropout, config.norm_eps) if text_ffn else None
+        )
 
     def forward(
         self,
@@ -93,7 +99,9 @@ class QFormerLayer(nn.Module):
         own = self.self_attn.keys_values(hidden)
         source = own
         if past is not None:
-            source = KeyValue(torch.cat([past.key, own.key], dim=2), torch.cat([past.value, own.value], dim=2))
+            source = KeyValue(
+                torch.cat([past.key, own.key], dim=2), torch.cat([past.value, own.value], dim=2)
+            )
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, keep]
         hidden = self.self_attn(hidden[:, keep], source, mask)
@@ -137,7 +145,9 @@ class QFormer(nn.Module):
         self.query_tokens = nn.Parameter(torch.zeros(1, num_query, config.width))
         has_text = vocab_size is not None
         if vocab_size is not None:
-            self.embedding = TextEmbedding(vocab_size, config.width, config.max_positions, dropout, config.norm_eps)
+            self.embedding = TextEmbedding(
+                vocab_size, config.width, config.max_positions, dropout, config.norm_eps
+            )
         else:
             self.embedding = QueryEmbedding(config.width, dropout, config.norm_eps)
         self.layers = nn.ModuleList(
@@ -154,9 +164,13 @@ class QFormer(nn.Module):
             if layer.text_ffn is not None:
                 layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
 
-    def image_keys(self, image_embeds: Tensor) -> ImageKeys:
-        """Cross-attention keys and values of image states (B, P, image_width), once per layer."""
-        return ImageKeys([layer.cross_attn and layer.cross_attn.keys_values(image_embeds) for layer in self.layers])
+    def image_keys(self, image_embeds: Tensor, norm: nn.LayerNorm | None = None) -> ImageKeys:
+        """Cross-attention keys and values of image states (B, P, image_width), once per layer.
+
+        `norm` is applied to them as far as its weight and bias go (`Attention.keys_values`).
+        """
+        cross = [layer.cross_attn for layer in self.layers]
+        return ImageKeys([attn and attn.keys_values(image_embeds, norm) for attn in cross])
 
     def queries(self, rows: int) -> Tensor:
         """The learned queries for `rows` rows, embedded: (rows, Q, D)."""

@@ -1,5 +1,7 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from blip.layers.attention import Attention, KeyValue, Segment, attend, attend_segments
 
@@ -32,3 +34,44 @@ def test_attention_is_the_formula(kv_width: int | None) -> None:
         heads.append(scores.softmax(-1) @ v)
     expected = block.norm(hidden + block.out(torch.cat(heads, -1)))
     torch.testing.assert_close(got, expected)
+
+
+def norm_of(width: int) -> nn.LayerNorm:
+    norm = nn.LayerNorm(width)
+    nn.init.normal_(norm.weight, 1, 0.5)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen tower", "trained tower"])
+def test_a_norm_in_the_matrices_is_the_norm_of_the_states(trained: bool) -> None:
+    torch.manual_seed(0)
+    block, norm = Attention(8, 2, kv_width=6).double(), norm_of(6).double()
+    states = torch.randn(2, 5, 6, dtype=torch.double, requires_grad=trained)
+    leaves = [block.key.weight, block.key.bias, block.value.weight, block.value.bias, norm.weight, norm.bias]
+    leaves += [states] if trained else []
+    out = torch.randn(2, 2, 2, 5, 4, dtype=torch.double)
+
+    plain = F.layer_norm(states, (6,))
+    folded = torch.stack(block.keys_values(plain, norm))
+    apart = torch.stack(block.keys_values(norm(states)))
+    torch.testing.assert_close(folded, apart, atol=1e-12, rtol=1e-12)
+    for got, expected in zip(
+        torch.autograd.grad(folded, leaves, out), torch.autograd.grad(apart, leaves, out), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_under_autocast_a_norm_in_the_matrices_rounds_no_more_than_apart() -> None:
+    torch.manual_seed(0)
+    block, norm = Attention(64, 4, kv_width=96), norm_of(96)
+    states = torch.randn(4, 50, 96)
+    plain = F.layer_norm(states, (96,))
+    exact = torch.stack(block.keys_values(norm(states)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        folded, apart = (
+            torch.stack(block.keys_values(plain, norm)),
+            torch.stack(block.keys_values(norm(states))),
+        )
+    assert folded.dtype == apart.dtype == torch.bfloat16
+    assert (folded - exact).square().mean() < 1.2 * (apart - exact).square().mean()
