@@ -34,7 +34,7 @@ class TrainingError(BlipError):
     """A run that cannot go on: too many non-finite steps, no trainable parameter."""
 
 
-class Stopped(Exception):  # noqa: N818 - a request, not an error
+class Stopped(Exception):
     """Training was asked to stop and has saved; commands exit with 3."""
 
 

@@ -53,11 +53,15 @@ class Registry(Generic[T]):
         def add(cls: type[T]) -> type[T]:
             for name in names:
                 known = self._classes.get(name)
-                same = known is not None and (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+                same = known is not None and (known.__module__, known.__qualname__) == (
+                    cls.__module__,
+                    cls.__qualname__,
+                )
                 if known is not None and not same:
                     raise ConfigError(
-                        f"{self.kind} name {name!r} is already registered by {known.__module__}.{known.__qualname__};"
-                        f" choose another name for {cls.__module__}.{cls.__qualname__}"
+                        f"{self.kind} name {name!r} is already registered by"
+                        f" {known.__module__}.{known.__qualname__}; choose another name for"
+                        f" {cls.__module__}.{cls.__qualname__}"
                     )
                 self._classes[name] = cls
             return cls

@@ -33,7 +33,7 @@ from blip.weights import (
     save_safetensors,
 )
 
-__all__ = ["Checkpoints", "Stateful", "fingerprint", "latest", "load_model", "read_state"]
+__all__ = ["Checkpoints", "Stateful", "fingerprint", "latest", "load_model", "read_part", "read_state"]
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +253,20 @@ def load_model(folder: Path, model: Any, exact: bool = False) -> LoadReport:
                 raise CheckpointError(text)
             log.warning("%s", text)
     return report
+
+
+def read_part(folder: Path, name: str) -> Any:
+    """The state that one of `stateful` had in a checkpoint.
+
+    Raises:
+        CheckpointError: incomplete or damaged, or without such a part.
+    """
+    state = read_state(folder)
+    files.check_content(folder, state, files.TENSORS_FILE)
+    parts = {**state["stateful"], **files.read_tensors(folder / files.TENSORS_FILE)}
+    if name not in parts:
+        raise CheckpointError(f"'{folder}' holds no state of {name!r}, only of {', '.join(sorted(parts))}")
+    return parts[name]
 
 
 def fingerprint(model: nn.Module, prefix: str = "") -> str:

@@ -37,8 +37,8 @@ SKIPPED_FILES = "skipped*.jsonl"
 
 _FILES = (CONFIG_FILE, ENV_FILE, METRICS_FILE, EVENTS_FILE, REPORT_FILE, SKIPPED_FILES)
 _FOLDERS = (CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTIONS_FOLDER, TENSORBOARD_FOLDER)
-_SIGNS = (CONFIG_FILE, METRICS_FILE, CHECKPOINT_FOLDER)
-"""What a folder that holds a run has."""
+_SIGNS = (METRICS_FILE, CHECKPOINT_FOLDER)
+"""What a folder that holds a run has; one that failed before its first figure is in nobody's way."""
 
 
 def open_folder(config: Config) -> Path:

@@ -4,55 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from blip import dist, keyed
-from blip.batch import Output, to_device
+from blip.batch import EvalContext, Output, to_device
 from blip.config.schema import Config, RunConfig
 from blip.engine.cached import cached_step
-from blip.engine.checkpoint import Checkpoints
+from blip.engine.checkpoint import Checkpoints, Stateful, load_model, read_part
 from blip.engine.optim import Ema, Schedule, build_optimizer
 from blip.engine.parallel import Parallel
+from blip.engine.progress import Progress, Window
+from blip.engine.report import write_report
 from blip.engine.signals import StopSignals
+from blip.engine.together import on_all, on_main
 from blip.engine.tracker import Tracker
-from blip.errors import Stopped, TrainingError
+from blip.errors import Stopped, TrainingError, hint
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; all of it is in every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    epoch: int = 0
-    samples: int = 0
-    skipped: int = 0
-    """Steps left out because a gradient was not finite."""
-    skipped_in_row: int = 0
-    evaluated: int = -1
-    """Step of the last evaluation."""
-    best: float | None = None
-    best_step: int | None = None
-    window: dict[str, float] = field(default_factory=dict)
-    """Sums of the figures since the last line of the log, in float64."""
-    window_steps: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All fields."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set all fields."""
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 class Runner:
@@ -68,6 +41,7 @@ class Runner:
         loader: training micro-batches; None to evaluate only.
         evaluations: split -> datasets to evaluate on.
         tracker: the run folder.
+        skips: counts of bad records.
     """
 
     def __init__(
@@ -79,58 +53,114 @@ class Runner:
         loader: Any | None,
         evaluations: dict[str, list[Any]],
         tracker: Tracker,
+        skips: Stateful | None = None,
     ) -> None:
-        self.config: RunConfig = config.run
+        self.config: Any = config.run
         self.model = model
         self.task = task
         self.parallel = parallel
-        self.loader = loader
         self.evaluations = evaluations
         self.tracker = tracker
         self.progress = Progress()
+        self.window = Window()
         self.checkpoints = Checkpoints(tracker.folder, keep_last=self.config.keep_last)
-        self.signals = StopSignals()
+        self.ema: Ema | None = None
         if loader is not None:
-            self._prepare_training(loader)
+            self._prepare(loader, skips)
+        self.trains = loader is not None
+
+    def _prepare(self, loader: Any, skips: Stateful | None) -> None:
+        """Optimizer, schedule and average; then the state of the checkpoint to continue from, if any."""
+        self.loader = loader
+        self.skips = skips
+        self.total_steps = total_steps(self.config, loader.steps_per_epoch)
+        self.optimizer = build_optimizer(self.model, self.config)
+        self.schedule = Schedule(self.optimizer, self.config, self.total_steps, loader.steps_per_epoch)
+        if self.config.ema_decay is not None:
+            self.ema = Ema(self.model, self.config.ema_decay)
+        found = self.checkpoints.find(self.config.resume)
+        if found is not None:
+            self.checkpoints.restore(found, self.model, self._stateful(), self._per_rank())
+            log.info("continuing after step %d, from %s", self.progress.step, found)
+        self.saved, self.saved_at = self.progress.step if found else -1, time.monotonic()
+        # What the steps so far have frozen is no part of the state: the model is told again.
+        if self.progress.step:
+            self._tell(self.progress.step - 1)
+        self.trained = self.parallel.wrap(self.model)
+        self.model.train()
+
+    def _stateful(self) -> dict[str, Stateful]:
+        """What is the same on every rank."""
+        parts: dict[str, Any] = {
+            "progress": self.progress,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.parallel.scaler,
+        }
+        return parts | ({"ema": self.ema} if self.ema is not None else {})
+
+    def _per_rank(self) -> dict[str, Stateful]:
+        """What each rank has of its own, beside its random generators."""
+        parts: dict[str, Any] = {"loader": self.loader, "window": self.window}
+        return parts | ({"skips": self.skips} if self.skips is not None else {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.tracker.close()
 
     # The loop
 
     def run(self) -> dict[str, float]:
-        """Train to the end, then score the test splits; returns the last scores.
+        """Train to the end, then score the test splits, export the model and write the report.
+
+        Returns:
+            The last scores.
 
         Raises:
             Stopped: a stop signal came; the state is saved.
             TrainingError: too many non-finite steps in a row.
         """
-        with self.signals:
-            if self.loader is not None:
+        if self.trains:
+            with StopSignals() as self.signals:
                 self._train()
-            return self._finish()
+        return self._finish()
 
     def _train(self) -> None:
-        self._settle()
+        candidates = self.config.batch_size_train * dist.world_size()
+        if self.config.accum_mode == "cached":
+            candidates *= self.config.accum_grad_iters
+        self.tracker.begin(self.total_steps, self.progress.step, candidates)
         steps = self.loader.steps()
-        while self.progress.step < self.total_steps:
-            started = time.perf_counter()
-            micro_batches = next(steps)
-            waited = time.perf_counter() - started
-            figures = self.train_step(micro_batches)
-            self._log_step(figures, micro_batches, time.perf_counter() - started, waited)
+        try:
             self._settle()
+            while self.progress.step < self.total_steps:
+                started = time.perf_counter()
+                micro_batches: list[Any] = next(steps)
+                waited = time.perf_counter() - started
+                self.train_step(micro_batches)
+                rows = sum(batch["batch_total"] for batch in micro_batches)
+                self.window.time(rows, time.perf_counter() - started, waited)
+                self._log_step()
+                self._settle()
+        finally:
+            self.loader.close()
 
     def train_step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One optimizer step. If any rank sees a non-finite gradient, no rank steps and the step is counted.
 
         Returns:
-            Detached scalars: the losses over the global batch of the step, `grad_norm`.
+            Detached scalars of this rank: the losses over its micro-batches, `grad_norm`.
         """
         step = self.progress.step
-        if self.model.on_step(step):
+        if self._tell(step):
             self.trained = self.parallel.wrap(self.model)
-        batches = self._on_device(micro_batches)
+        batches = self.on_device(micro_batches)
         if self.config.accum_mode == "cached":
+            seed = partial(self._seed, step)
             output = cached_step(
-                self.model, batches, self.parallel.scaler.scale, self.parallel.autocast, partial(self._seed, step)
+                self.model, batches, self.parallel.scaler.scale, self.parallel.autocast, seed
             )
             self.parallel.average_grads(self.model.parameters())
             outputs = [output]
@@ -141,17 +171,30 @@ class Runner:
         scaler.unscale_(self.optimizer)
         grad_norm = self.parallel.clip_grads(self.model.parameters(), self.config.max_grad_norm)
         finite = dist.all_true(torch.isfinite(grad_norm))
+        means = {
+            k: torch.stack([o.scalars()[k].float() for o in outputs]).mean() for k in outputs[0].scalars()
+        }
+        figures = means | {"grad_norm": grad_norm.detach().float()}
         if finite:
             scaler.step(self.optimizer)
             self.model.after_step(outputs)  # momentum twin, queues, temperature
             if self.ema is not None:
                 self.ema.update()
+            self.window.add(figures)
+        overflow = scaler.is_enabled() and not finite and scaler.get_scale() > 1
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        self._advance(finite, micro_batches)
-        means = {k: torch.stack([o.scalars()[k].float() for o in outputs]).mean() for k in outputs[0].scalars()}
-        return means | {"grad_norm": grad_norm.detach().float()}
+        self._advance(finite, overflow, micro_batches)
+        return figures
+
+    def _tell(self, step: int) -> bool:
+        """Tell the model which step is next; True if that froze a part, which the optimizer forgets."""
+        if not self.model.on_step(step):
+            return False
+        for parameter in [p for p in self.optimizer.state if not p.requires_grad]:
+            del self.optimizer.state[parameter]
+        return True
 
     def _micro_step(self, step: int, micro: int, batch: dict[str, Any], count: int) -> Output:
         self._seed(step, micro)
@@ -165,7 +208,7 @@ class Runner:
         """Dropout is keyed by step, micro-batch and rank, so it does not depend on what was drawn before."""
         keyed.seed_torch(self.config.seed, "dropout", step, micro, dist.rank())
 
-    def _on_device(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def on_device(self, micro_batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Micro-batches on the device, with what the losses are divided by.
 
         Rows and tokens are counted over the whole step and all ranks, so that unequal micro-batches and
@@ -191,25 +234,41 @@ class Runner:
             batches.append(moved)
         return batches
 
-    def _advance(self, finite: bool, micro_batches: list[dict[str, Any]]) -> None:
+    def _advance(self, finite: bool, overflow: bool, micro_batches: list[dict[str, Any]]) -> None:
         progress = self.progress
         progress.step += 1
         progress.epoch = micro_batches[-1]["epoch"]
         progress.samples += sum(batch["batch_total"] for batch in micro_batches)
-        progress.skipped_in_row = 0 if finite else progress.skipped_in_row + 1
         if finite:
+            progress.skipped_in_row = 0
             return
         progress.skipped += 1
-        names = [name for batch in micro_batches for name in batch.get("instance_id", [])]
+        if overflow:  # of fp16, whose scale has just been halved: that is how it finds the right one
+            return
+        progress.skipped_in_row += 1
+        own = [name for batch in micro_batches for name in batch.get("instance_id", [])]
+        names = [name for part in dist.gather_objects(own) for name in part]
         log.warning("step %d: a gradient is not finite; the step is skipped", progress.step)
         self.tracker.event("nonfinite", step=progress.step, samples=names)
         if progress.skipped_in_row >= self.config.max_nonfinite:
-            shown = ", ".join(names[:8])
             raise TrainingError(
-                f"run.max_nonfinite: {progress.skipped_in_row} steps in a row had non-finite gradients, the last with"
-                f" the samples {shown}; lower run.init_lr, set run.max_grad_norm or run.precision=fp32, or look at"
-                " those samples"
+                f"run.max_nonfinite: {progress.skipped_in_row} steps in a row had non-finite gradients, the"
+                f" last with the samples {', '.join(names[:8])}; lower run.init_lr, set run.max_grad_norm or"
+                " run.precision=fp32, or look at those samples"
             )
+
+    def _log_step(self) -> None:
+        progress = self.progress
+        self.tracker.step(progress.step)
+        if progress.step % self.config.log_freq and progress.step < self.total_steps:
+            return
+        line: dict[str, Any] = {"split": "train", "step": progress.step, "epoch": progress.epoch}
+        means = self.window.means()
+        line |= dict(sorted(means.items(), key=_losses_first)) | {"lr": self.schedule.last_lr}
+        if progress.skipped:
+            line["skipped"] = progress.skipped
+        self.tracker.metrics(line | self.window.rates())
+        self.window.clear()
 
     # Between steps: evaluate, save, stop
 
@@ -220,28 +279,36 @@ class Runner:
         run finds that this step has not been evaluated and does it.
         """
         progress = self.progress
-        stop, late = dist.any_flags([self.signals.received is not None, self._minutes_due()], self.parallel.device)
+        flags = [self.signals.received is not None, self._minutes_due()]
+        stop, late = dist.any_flags(flags, self.parallel.device)
         evaluate = self._evaluation_due() and progress.evaluated != progress.step
-        ends = progress.step >= self.total_steps
-        if progress.step and self.saved != progress.step and (stop or late or evaluate or ends or self._save_due()):
+        due = stop or late or evaluate or self._save_due() or progress.step >= self.total_steps
+        if due and progress.step and self.saved != progress.step:
             self._save()
         if stop:
+            cause = self.signals.received or "a signal on another rank"
             raise Stopped(
-                f"stopped by {self.signals.received or 'a signal on another rank'} after step {progress.step};"
-                f" continue with run.resume=auto run.output_dir={self.tracker.folder}"
+                f"stopped by {cause} after step {progress.step}; continue with run.resume=auto"
+                f" run.output_dir={self.tracker.folder}"
             )
         if evaluate:
             self._validate()
 
+    def _save(self) -> None:
+        self.checkpoints.save(self.progress.step, self.model, self._stateful(), self._per_rank())
+        self.saved, self.saved_at = self.progress.step, time.monotonic()
+
     def _save_due(self) -> bool:
-        return bool(self.config.save_freq) and self.progress.step % self.config.save_freq == 0
+        every = self.config.save_freq
+        return every is not None and self.progress.step % every == 0
 
     def _minutes_due(self) -> bool:
         minutes = self.config.save_minutes
         return minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
 
     def _evaluation_due(self) -> bool:
-        if not self.progress.step or not any(self.evaluations.get(split) for split in self.config.valid_splits):
+        splits = self.config.valid_splits
+        if not self.progress.step or not any(self.evaluations.get(split) for split in splits):
             return False
         every = self.config.eval_freq or self.config.val_freq * self.loader.steps_per_epoch
         return self.progress.step % every == 0 or self.progress.step >= self.total_steps
@@ -250,13 +317,14 @@ class Runner:
         """Evaluate the valid splits; the first one's monitored metric decides the best checkpoint."""
         progress = self.progress
         for i, split in enumerate(self.config.valid_splits):
-            metrics = self._evaluate(split)
+            metrics = self._evaluate(split, progress.step)
             if i == 0 and metrics:
                 self._note_best(metrics)
         progress.evaluated = progress.step
 
     def _note_best(self, metrics: dict[str, float]) -> None:
-        name = self.config.monitor or self.task.monitor
+        default = [key for key in metrics if key.split("/")[-1] == self.task.monitor]  # of the first dataset
+        name = self.config.monitor or (default or [self.task.monitor])[0]
         if name not in metrics:
             raise TrainingError(f"run.monitor: the evaluation gives no {name!r}{hint(name, metrics)}")
         value, best = metrics[name], self.progress.best
@@ -265,28 +333,71 @@ class Runner:
             self.progress.best, self.progress.best_step = value, self.progress.step
             self.checkpoints.mark_best(self.progress.step)
 
-    def _evaluate(self, split: str) -> dict[str, float]:
-        """Scores of one split, the datasets' names in front where there are several; predictions are written first."""
+    # Evaluation
+
+    def _evaluate(self, split: str, step: int) -> dict[str, float]:
+        """Scores of one split, under the datasets' names where there are several; predictions come first."""
         found: dict[str, float] = {}
         datasets = self.evaluations.get(split, [])
         for data in datasets:
-            evaluation = self._evaluate_on(data)
+            evaluation = self.evaluate_on(data)
             parts = dist.gather_objects(evaluation.predictions)
-            name = f"{split}-{data.name}-step-{self.progress.step:08d}"
+            name = f"{split}-{data.name}-step-{step:08d}"
             self.tracker.predictions(name, [prediction for part in parts for prediction in part])
             prefix = f"{data.name}/" if len(datasets) > 1 else ""
             found |= {prefix + key: value for key, value in evaluation.metrics.items()}
         if found:
-            self.tracker.metrics({"split": split, "step": self.progress.step, **found})
+            self.tracker.metrics({"split": split, "step": step, **found})
             shown = "  ".join(f"{k} {v:.2f}" for k, v in found.items())
-            log.info("%s after step %d: %s", split, self.progress.step, shown)
+            log.info("%s after step %d: %s", split, step, shown)
         return found
 
-    def _evaluate_on(self, data: Any) -> Any:
+    def evaluate_on(self, data: Any) -> Any:
+        """Scores on one dataset, in eval mode and with the averaged weights where there are some."""
         context = EvalContext(self.parallel.device, self.config.batch_size_eval, self.parallel.autocast)
         self.model.eval()
-        averaged = self.ema.averaged() if self.ema is not None else nullcontext()
-        with averaged, torch.no_grad():
+        with self._averaged(), torch.no_grad():
             evaluation = self.task.evaluate(self.model, data, context)
-        self.model.train()
+        self.model.train(self.trains)
         return evaluation
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return self.ema.averaged() if self.ema is not None else nullcontext()
+
+    def _finish(self) -> dict[str, float]:
+        """Score the test splits with the best weights, export them, and write the report."""
+        step = self._take_best() if self.trains else self.progress.step
+        scores: dict[str, float] = {}
+        for split in self._final_splits():
+            scores = self._evaluate(split, step) or scores
+        if self.trains:
+            with self._averaged():
+                on_main(lambda: self.model.save_pretrained(self.tracker.model_folder))
+        on_main(lambda: write_report(self.tracker.folder))
+        return scores
+
+    def _final_splits(self) -> list[str]:
+        if self.trains or any(self.evaluations.get(split) for split in self.config.test_splits):
+            return self.config.test_splits
+        return self.config.valid_splits
+
+    def _take_best(self) -> int:
+        """Put the best checkpoint's weights into the model; returns its step."""
+        best = self.checkpoints.best
+        if best is None or self.progress.best_step in (None, self.progress.step):
+            return self.progress.step
+        log.info("the best checkpoint is that of step %d", self.progress.best_step)
+        on_all(lambda: load_model(best, self.model, exact=True))
+        if self.ema is not None:
+            self.ema.load_state_dict(read_part(best, "ema"))
+        return int(self.progress.best_step or 0)
+
+
+def _losses_first(item: tuple[str, float]) -> int:
+    return 0 if item[0] == "loss" else 1 if item[0].startswith("loss") else 2
+
+
+def total_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run: `max_epoch` or `max_iters`, whichever ends first."""
+    limits = [config.max_iters, config.max_epoch and config.max_epoch * steps_per_epoch]
+    return min(limit for limit in limits if limit is not None)

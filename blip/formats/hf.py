@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,3 +103,8 @@ def table(arch: str) -> Table:
     if arch not in TABLES:
         raise CheckpointError(f"no Hugging Face layout is known for {arch!r}{hint(arch, TABLES)}")
     return TABLES[arch]
+
+
+def looks_like(state: Mapping[str, Any]) -> bool:
+    """Whether the keys are Hugging Face's: ours have no `vision_model.`."""
+    return any(key.startswith("vision_model.") for key in state)

@@ -1,0 +1,218 @@
+"""From a configuration to the parts of a run: model, data, evaluations, runner."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from blip import dist, keyed
+from blip.config.schema import Config
+from blip.data.datasets import EvalPairs, SkipLog
+from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
+from blip.data.sources import available_splits, build_dataset, require_files
+from blip.engine.checkpoint import Checkpoints, load_model, read_state
+from blip.engine.dry_run import dry_run
+from blip.engine.parallel import Parallel, pick_device
+from blip.engine.recompute import apply_recompute
+from blip.engine.runner import Runner
+from blip.engine.together import on_all
+from blip.engine.tracker import Tracker
+from blip.errors import ConfigError
+from blip.formats.load import load_any
+from blip.registry import MODELS, TASKS
+
+log = logging.getLogger(__name__)
+
+SPLIT_KEYS = ("train_splits", "valid_splits", "test_splits")
+
+
+def execute(config: Config, dry: bool = False) -> None:
+    """Carry out a run, in the process group that the environment describes, if any.
+
+    Args:
+        dry: build everything, take one step per objective and one evaluation batch, leave nothing behind.
+
+    Raises:
+        BlipError: something that the configuration names is missing, unreadable or does not fit.
+        Stopped: a stop signal came; the state is saved.
+    """
+    device = pick_device(config.run.device)
+    dist.init("nccl" if device.type == "cuda" else "gloo", config.run.timeout_s)
+    try:
+        if not dry:
+            with build_run(config) as runner:
+                runner.run()
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            place = replace(config.run, output_dir=folder, resume=None, tensorboard=False, wandb=None)
+            with build_run(replace(config, run=place), limit=config.run.batch_size_eval) as runner:
+                dry_run(runner)
+    finally:
+        dist.shutdown()
+
+
+def build_run(config: Config, limit: int | None = None) -> Runner:
+    """All parts of a run, wired; the caller has joined the process group. Missing files are found first.
+
+    Args:
+        limit: samples of each evaluation set, all of them where None.
+
+    Raises:
+        BlipError: something that the configuration names is missing, unreadable or does not fit.
+    """
+    splits = _used_splits(config)
+    wanted = [(name, config.datasets[name], split) for split, names in splits.items() for name in names]
+    on_all(lambda: require_files(wanted, config.run.data_root))
+    parallel = Parallel(config.run)
+    tracker = Tracker(config)
+    try:
+        model = build_model(config, parallel.device)
+        task = TASKS.get(config.run.task)(config.run)
+        task.check(model)
+        skips = SkipLog(tracker.folder, config.run.max_bad_ratio)
+        loader = None if config.run.evaluate else build_loader(config, model, parallel.device, skips)
+        evaluations = {
+            split: [build_evaluation(config, name, split, skips, limit) for name in splits[split]]
+            for split in splits
+            if split in (*config.run.valid_splits, *config.run.test_splits)
+        }
+        runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
+        if config.run.evaluate and limit is None:
+            runner.progress.step = load_evaluated(config, model, runner.checkpoints)
+    except BaseException:
+        tracker.close()
+        raise
+    return runner
+
+
+def build_model(config: Config, device: torch.device) -> Any:
+    """The model with the weights it starts from, on its device.
+
+    Random weights depend on `run.seed` alone. First come the parts' own weights (tower, BERT), then those of
+    the whole model: `init_from`, else `finetuned`, else `pretrained`.
+
+    Raises:
+        CheckpointError: weights that are missing or do not fit.
+    """
+    keyed.seed_torch(config.run.seed, "init")
+    model: Any = MODELS.get(config.model.arch)(config.model)
+    for line in on_all(model.load_parts):
+        log.info("%s", line)
+    source = start_of(config)
+    if source:
+        log.info("%s", on_all(lambda: load_any(model, source)).text())
+    if hasattr(model, "recompute_mode"):
+        apply_recompute(model.vision.blocks(), model.recompute_mode(), model.config.vit.checkpoint_last)
+    return model.to(device)
+
+
+def start_of(config: Config) -> str | None:
+    """Where the whole model's weights come from at the start of a run; None: nowhere."""
+    model = config.model
+    if model.init_from:
+        return model.init_from
+    if model.load_finetuned and model.finetuned:
+        return model.finetuned
+    return model.pretrained if model.load_pretrained and model.pretrained else None
+
+
+def load_evaluated(config: Config, model: Any, checkpoints: Checkpoints) -> int:
+    """Put the weights that are to be evaluated into the model; returns the training step they are of.
+
+    `run.resume` names a checkpoint or, with `auto`, the best (else the newest) one of `run.output_dir`.
+
+    Raises:
+        ConfigError: nothing says which weights.
+    """
+    found = checkpoints.find(config.run.resume)
+    if found is not None and config.run.resume == "auto":
+        found = checkpoints.best or found
+    if found is not None:
+        log.info("%s", on_all(lambda: load_model(found, model)).text())
+        return int(on_all(lambda: read_state(found))["step"])
+    if start_of(config) is None:
+        raise ConfigError(
+            "model.init_from: nothing says which weights to evaluate; give model.init_from=RUN_FOLDER or a"
+            " weight file, or run.resume=CHECKPOINT"
+        )
+    return 0
+
+
+def build_loader(config: Config, model: Any, device: torch.device, skips: SkipLog | None) -> TrainLoader:
+    """The training data of all datasets and `train_splits`, mixed."""
+    run = config.run
+    datasets: dict[str, Any] = {}
+    ratios: dict[str, float | None] = {}
+    for split in run.train_splits:
+        for name in _datasets_with(config, split):
+            key = name if len(run.train_splits) == 1 else f"{name}-{split}"
+            datasets[key] = on_all(partial(_dataset, config, name, split, train=True))
+            ratios[key] = config.datasets[name].sample_ratio
+    settings = LoaderConfig(
+        batch_size=run.batch_size_train,
+        accum=run.accum_grad_iters,
+        seed=run.seed,
+        num_workers=run.num_workers,
+        drop_last=run.drop_last,
+        whole_steps=run.accum_mode == "cached",
+        pad_id=model.word_pieces.pad_id,
+        pin_memory=device.type == "cuda",
+    )
+    tokenize = partial(model.word_pieces, max_length=model.config.max_txt_len)
+    return TrainLoader(datasets, settings, ratios, tokenize, skips)
+
+
+def build_evaluation(
+    config: Config, name: str, split: str, skips: SkipLog | None = None, limit: int | None = None
+) -> EvalLoader:
+    """One dataset's evaluation split, in batches; what cannot be read is left out and listed."""
+    section = config.datasets[name]
+    if limit is not None:
+        section = replace(section, max_samples=min(section.max_samples or limit, limit))
+    data = _dataset(replace(config, datasets={name: section}), name, split, train=False)
+    assert isinstance(data, EvalPairs)
+    if skips is not None and dist.is_main():
+        skips.update([(name, record) for record in data.bad], good=len(data))
+    return EvalLoader(data, config.run.batch_size_eval, config.run.num_workers)
+
+
+def _dataset(config: Config, name: str, split: str, train: bool) -> Any:
+    size = getattr(config.model, "image_size", None)
+    return build_dataset(name, config.datasets[name], split, config.run.data_root, train, size)
+
+
+def _datasets_with(config: Config, split: str) -> list[str]:
+    """The datasets that have a split."""
+    root = config.run.data_root
+    return [name for name, part in config.datasets.items() if split in available_splits(name, part, root)]
+
+
+def _used_splits(config: Config) -> dict[str, list[str]]:
+    """The splits that the run reads, each with the datasets that have it.
+
+    Raises:
+        ConfigError: a split that no dataset has, or none at all.
+    """
+    run = config.run
+    if not config.datasets:
+        raise ConfigError("datasets: there is none; name at least one, such as datasets.scenes={}")
+    wanted = [*run.train_splits, *run.valid_splits, *run.test_splits]
+    if run.evaluate:
+        wanted = run.test_splits or run.valid_splits
+    if not wanted:
+        raise ConfigError(
+            "run.test_splits: nothing to evaluate on; name a split, as in run.test_splits=[test]"
+        )
+    splits = {split: _datasets_with(config, split) for split in wanted}
+    known = {s for n, d in config.datasets.items() for s in available_splits(n, d, run.data_root)}
+    for split in (split for split, names in splits.items() if not names):
+        key = next(key for key in SPLIT_KEYS if split in getattr(run, key))
+        raise ConfigError(
+            f"run.{key}: no dataset has a split {split!r}; there are {', '.join(sorted(known)) or 'none'}"
+        )
+    return splits
