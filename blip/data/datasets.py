@@ -215,6 +215,11 @@ class EvalPairs:
         sample["image_id"] = index
         return sample
 
+    def picture(self, index: int) -> str | None:
+        """Path of picture `index`; None where it is no file of its own."""
+        source = self._source(index)
+        return str(Path(source).absolute()) if isinstance(source, str) else None
+
     def pair(self, text: int) -> Sample:
         """Text number `text` with its picture, for losses on held-out pairs."""
         return {**self.image(self.txt2img[text]), "text_input": self.text[text]}

@@ -73,4 +73,6 @@ class Task:
 
         The metrics are complete on every rank; predictions are this rank's share.
         """
-        raise ConfigError(f"run.task: {type(self).__name__} has no evaluation; leave valid_splits and test_splits empty")
+        raise ConfigError(
+            f"run.task: {type(self).__name__} has no evaluation; leave valid_splits and test_splits empty"
+        )

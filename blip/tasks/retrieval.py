@@ -13,12 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from blip import dist
 from blip.batch import Batch, EvalContext, to_device
 from blip.config.schema import RunConfig
-from blip.metrics.retrieval import recalls_from_ranks
+from blip.metrics.retrieval import NOT_FOUND, recalls_from_ranks
 from blip.registry import TASKS
 from blip.tasks.base import Evaluation, Prediction, Task
 
 RERANK_ROWS = 128
-NOT_FOUND = 1 << 40
 
 
 class RetrievalData(Protocol):
@@ -35,6 +34,10 @@ class RetrievalData(Protocol):
 
     def instance_id(self, index: int) -> str:
         """Name of image `index`, for predictions and reports."""
+        ...
+
+    def picture(self, index: int) -> str | None:
+        """Path of image `index`, where it is a file of its own."""
         ...
 
     def batches(self) -> Iterator[Batch]:
@@ -55,7 +58,9 @@ class RetrievalRun(RunConfig):
         """k must reach the largest recall that is reported."""
         found = super().problems() + self._at_least(3, "eval_max_txt_len")
         if 0 < self.k_test < 10:
-            found.append(f"k_test: {self.k_test} is below 10, so R@10 would have no meaning; use 0 or at least 10")
+            found.append(
+                f"k_test: {self.k_test} is below 10, so R@10 would have no meaning; use 0 or at least 10"
+            )
         return found
 
 
@@ -92,7 +97,9 @@ class Retrieval(Task):
             metrics |= _recalls(scores, to_texts, to_images, truth)
         return Evaluation(metrics, _predictions(scores.masked_fill(~to_texts, -torch.inf), data))
 
-    def _encode_images(self, model: Any, data: RetrievalData, context: EvalContext) -> tuple[Tensor, list[Tensor]]:
+    def _encode_images(
+        self, model: Any, data: RetrievalData, context: EvalContext
+    ) -> tuple[Tensor, list[Tensor]]:
         """Features (own images, Q, E), and the states of each own image."""
         feats, states = [], []
         for batch in data.batches():
@@ -187,6 +194,7 @@ def _predictions(scores: Tensor, data: RetrievalData) -> list[Prediction]:
         {
             "index": start + i,
             "instance_id": data.instance_id(start + i),
+            "image": data.picture(start + i),
             "truth": [data.text[t] for t in data.img2txt[start + i]],
             "found": [data.text[t] for t in best],
             "score": [round(v, 4) for v in value],
