@@ -45,8 +45,6 @@ class Task:
     run_config_class: ClassVar[type[RunConfig]] = RunConfig
     needs: ClassVar[tuple[str, ...]] = ()
     monitor: ClassVar[str] = "loss"
-    dataset_kind: ClassVar[str] = "pairs"
-    """What evaluation data is made of: `pairs` (image, text) or `retrieval` (images, texts, who belongs to whom)."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config: Any = config

@@ -68,15 +68,14 @@ class RetrievalRun(RunConfig):
 class Retrieval(Task):
     """Recall at 1, 5 and 10, image to text (`txt_r*`) and text to image (`img_r*`), in percent.
 
-    Every rank encodes and re-ranks its own images, so image states never travel. Each query's candidates are
-    the k most similar; a candidate's score is its matching logit plus its similarity (LAVIS). A pair that both
-    directions ask for is scored once.
+    Every rank encodes and re-ranks its own images, so image states never travel. Each query's candidates
+    are the k most similar; a candidate's score is its matching logit plus its similarity (LAVIS). A pair that
+    both directions ask for is scored once.
     """
 
     run_config_class = RetrievalRun
     needs = ("retrieval_images", "retrieval_texts", "retrieval_scores", "rerank")
     monitor: ClassVar[str] = "r_mean"
-    dataset_kind = "retrieval"
 
     def evaluate(self, model: Any, data: RetrievalData, context: EvalContext) -> Evaluation:
         with context.autocast():
