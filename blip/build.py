@@ -85,7 +85,7 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
         if config.run.evaluate and limit is None:
             runner.progress.step = load_evaluated(config, model, runner.checkpoints)
     except BaseException:
-        tracker.close()
+        tracker.abandon()
         raise
     return runner
 

@@ -37,8 +37,8 @@ SKIPPED_FILES = "skipped*.jsonl"
 
 _FILES = (CONFIG_FILE, ENV_FILE, METRICS_FILE, EVENTS_FILE, REPORT_FILE, SKIPPED_FILES)
 _FOLDERS = (CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTIONS_FOLDER, TENSORBOARD_FOLDER)
-_SIGNS = (METRICS_FILE, CHECKPOINT_FOLDER)
-"""What a folder that holds a run has; one that failed before its first figure is in nobody's way."""
+_SIGNS = (CONFIG_FILE, METRICS_FILE, CHECKPOINT_FOLDER)
+"""What a folder that holds a run has."""
 
 
 def open_folder(config: Config) -> Path:
@@ -67,7 +67,7 @@ def open_folder(config: Config) -> Path:
                 f"run.output_dir: '{folder}' already holds a run ({', '.join(signs)}); continue it with"
                 " run.resume=auto, replace it with run.overwrite=true, or choose another folder"
             )
-        _guarded(lambda: _remove_run(folder))
+        _guarded(lambda: remove_run(folder))
     return _guarded(lambda: _writable(folder))
 
 
@@ -101,7 +101,12 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _remove_run(folder: Path) -> None:
+def holds_run(folder: Path) -> bool:
+    """Whether a run has left figures or checkpoints there, more than the configuration it began with."""
+    return any((folder / name).exists() for name in _SIGNS if name != CONFIG_FILE)
+
+
+def remove_run(folder: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
     for pattern in (*_FILES, *_FOLDERS):
         for path in folder.glob(pattern):

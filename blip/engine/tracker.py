@@ -25,9 +25,11 @@ from blip.engine.run_folder import (
     TENSORBOARD_FOLDER,
     Lines,
     file_name,
+    holds_run,
     number,
     open_folder,
     plain_value,
+    remove_run,
 )
 from blip.engine.together import on_main
 from blip.weights import MODEL_FOLDER
@@ -128,6 +130,14 @@ class Tracker:
                 lines.close()
         for mirror in self._mirrors:
             mirror.close()
+
+    def abandon(self) -> None:
+        """Close; a run that failed before its first figure or checkpoint is in nobody's way."""
+        self.close()
+        if dist.is_main() and not holds_run(self.folder):
+            remove_run(self.folder)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def _open(self) -> None:
         run = self.config.run

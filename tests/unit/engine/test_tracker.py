@@ -80,6 +80,19 @@ def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "env.json", "my data", "notes.txt"]
 
 
+def test_a_run_that_failed_at_once_is_in_nobody_s_way(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    Tracker(config(tmp_path / "mine")).abandon()
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    Tracker(config(tmp_path / "run")).abandon()
+    assert not (tmp_path / "run").exists()
+    with Tracker(config(tmp_path / "run")) as tracker:
+        tracker.metrics(train_line(1))
+    Tracker(config(tmp_path / "run", resume="auto")).abandon()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_folder_without_a_run_may_hold_other_things(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert Tracker(config(tmp_path)).folder == tmp_path
