@@ -101,13 +101,12 @@ def build_model(config: Config, device: torch.device) -> Any:
     """
     keyed.seed_torch(config.run.seed, "init")
     model: Any = MODELS.get(config.model.arch)(config.model)
-    for line in on_all(model.load_parts):
+    for line in on_all(partial(model.load_parts, config.run.data_root)):
         log.info("%s", line)
     source = start_of(config)
     if source:
         log.info("%s", on_all(lambda: load_any(model, source)).text())
-    if hasattr(model, "recompute_mode"):
-        apply_recompute(model.vision.blocks(), model.recompute_mode(), model.config.vit.checkpoint_last)
+    apply_recompute(model.vision.blocks(), model.recompute_mode(), model.config.vit.checkpoint_last)
     return model.to(device)
 
 

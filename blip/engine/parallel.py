@@ -44,7 +44,7 @@ class Parallel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: Any) -> nn.Module:
         """The model as training calls it: DDP where there are several ranks.
 
         Looking for unused parameters keeps DDP from re-sorting its buckets after the first step, which
@@ -57,7 +57,7 @@ class Parallel:
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=self.deterministic,
+            find_unused_parameters=self.deterministic or model.idle_parameters(),
         )
 
     def sync_grads(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -91,7 +91,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("run.device: 'cuda' was asked for, but torch sees no GPU; use run.device=auto or cpu")
+        raise ConfigError(
+            "run.device: 'cuda' was asked for, but torch sees no GPU; use run.device=auto or cpu"
+        )
     count = torch.cuda.device_count()
     if dist.local_rank() >= count:
         raise ConfigError(
