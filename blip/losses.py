@@ -160,7 +160,9 @@ def itc_loss(
     return ItcOutput((loss_i2t + loss_t2i) / (2 * num_rows), sim_i2t, sim_t2i)
 
 
-def hard_negatives(sim: Tensor, positive: Tensor, rows: Tensor, sampler: NegativeSampler, stream: str) -> Tensor:
+def hard_negatives(
+    sim: Tensor, positive: Tensor, rows: Tensor, sampler: NegativeSampler, stream: str
+) -> Tensor:
     """One negative column per row, drawn with the softmax of the similarities over the negatives.
 
     Args:
@@ -192,7 +194,9 @@ def itm_loss(logits: Tensor, labels: Tensor, weight: Tensor, total: Tensor | flo
     return (losses * weight).sum() / total
 
 
-def lm_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.1, total: Tensor | float | None = None) -> Tensor:
+def lm_loss(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.1, total: Tensor | float | None = None
+) -> Tensor:
     """Language-modelling loss with label smoothing (BLIP and BLIP-2: 0.1), over target tokens.
 
     Args:

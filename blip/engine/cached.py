@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ Seed = Callable[[int], None]
 class Cacheable(Protocol):
     """The steps of a contrastive model's forward pass that cached accumulation runs one by one."""
 
+    def objectives(self) -> frozenset[str]:
+        """The losses to compute: `itc`, `itm`, `lm`, or some of them."""
+        ...
+
     def image_states(self, batch: dict[str, Any]) -> Tensor:
         """States of the vision tower (B, P, D_image)."""
         ...
@@ -36,17 +40,15 @@ class Cacheable(Protocol):
         ...
 
     def represent(self, batch: dict[str, Any], states: Tensor) -> Any:
-        """The uni-modal passes; has `image_feats` and `text_feats`."""
+        """The uni-modal passes; `feats` is a named tuple of features, or None where nothing is contrasted."""
         ...
 
-    def pool(
-        self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, states: Tensor, **how: Any
-    ) -> Any:
+    def pool(self, batch: dict[str, Any], feats: Any, states: Tensor, **how: Any) -> Any:
         """The global batch."""
         ...
 
-    def contrast(self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, pool: Any) -> Any:
-        """The contrastive loss and the negatives."""
+    def contrast(self, batch: dict[str, Any], feats: Any, pool: Any) -> tuple[Output, Any]:
+        """The contrastive loss where wanted, and the negatives where wanted, else None."""
         ...
 
     def match(self, batch: dict[str, Any], seen: Any, pool: Any, negatives: Any) -> Output:
@@ -58,6 +60,16 @@ class Cacheable(Protocol):
         ...
 
 
+class Contrasted(NamedTuple):
+    """What the contrast of the whole step leaves for its micro-batches."""
+
+    output: Output
+    feats: list[Tensor]
+    """Of all rows of this rank; they have gradients, scaled, where the contrastive loss is wanted."""
+    pool: Any
+    negatives: Any
+
+
 def cached_step(
     model: Cacheable, batches: list[dict[str, Any]], scale: Scale, autocast: Autocast, seed: Seed
 ) -> Output:
@@ -65,37 +77,27 @@ def cached_step(
 
     Args:
         model: unwrapped; the caller averages the gradients over the ranks afterwards.
-        batches: micro-batches with `text_ids`, `text_mask`, `rows`, `batch_total`, `loss_rows` of the whole step.
+        batches: micro-batches with `text_ids`, `text_mask`, `rows`, `batch_total`, and `loss_rows` and
+            `loss_tokens` of the whole step.
         scale: loss scaling, the identity where none is used.
         autocast: context of the forward passes.
         seed: seeds dropout for a micro-batch, so that it draws the same both times.
     """
+    trained_tower = model.trains_states(batches[0])
     with autocast():
-        states, image_feats, text_feats = _without_graph(model, batches, seed)
-        trained_tower = model.trains_states(batches[0])
+        states, feats = _without_graph(model, batches, seed)
         all_states = torch.cat(states).requires_grad_(trained_tower)
-        all_image = torch.cat(image_feats).requires_grad_()
-        all_text = torch.cat(text_feats).requires_grad_()
-        whole = _join(batches)
-        pool = model.pool(whole, all_image, all_text, all_states, in_row_order=False)
-        output, negatives = model.contrast(whole, all_image, all_text, pool)
-    scale(output.loss_itc).backward()
-    assert all_image.grad is not None
-    assert all_text.grad is not None
+        whole = _contrast(model, batches, feats, all_states)
+    if "loss_itc" in whole.output:
+        scale(whole.output.loss_itc).backward()
 
-    parts: list[Output] = []
+    parts = []
     for i, (batch, rows) in enumerate(_with_rows(batches)):
         seed(i)
         with autocast():
             seen = model.represent(batch, all_states[rows])
-            part = model.narrate(batch, seen)
-            own = pool._replace(columns=pool.columns[rows])
-            part.update(model.match(batch, seen, own, negatives.of(rows)))
-        # The features' gradients carry the loss scale already.
-        towards = (seen.image_feats * all_image.grad[rows]).sum() + (
-            seen.text_feats * all_text.grad[rows]
-        ).sum()
-        (scale(part.loss_itm + part.loss_lm) + towards).backward()
+            part = _losses(model, batch, seen, rows, whole)
+        _target(part, seen, rows, whole, scale).backward()
         parts.append(Output({k: v.detach() for k, v in part.items()}))
 
     if trained_tower:
@@ -105,7 +107,56 @@ def cached_step(
             with autocast():
                 state = model.image_states(batch)
             state.backward(all_states.grad[rows].to(state.dtype))
-    return _total(output, parts)
+    return _total(whole.output, parts, [len(batch["rows"]) for batch in batches])
+
+
+def _without_graph(
+    model: Cacheable, batches: list[dict[str, Any]], seed: Seed
+) -> tuple[list[Tensor], list[Any]]:
+    """The tower's states and the features of every micro-batch."""
+    states, feats = [], []
+    contrasts = not model.objectives().isdisjoint({"itc", "itm"})
+    for i, batch in enumerate(batches):
+        with torch.no_grad():
+            seed(-1 - i)
+            states.append(model.image_states(batch))
+            if contrasts:
+                seed(i)
+                feats.append(model.represent(batch, states[-1]).feats)
+    return states, feats
+
+
+def _contrast(
+    model: Cacheable, batches: list[dict[str, Any]], feats: list[Any], all_states: Tensor
+) -> Contrasted:
+    """The contrastive loss over all micro-batches, with the features as leaves."""
+    if not feats:
+        return Contrasted(Output(), [], None, None)
+    joined = [torch.cat(parts).requires_grad_() for parts in zip(*feats, strict=True)]
+    whole, all_feats = _join(batches), type(feats[0])(*joined)
+    pool = model.pool(whole, all_feats, all_states, in_row_order=False)
+    output, negatives = model.contrast(whole, all_feats, pool)
+    return Contrasted(output, joined, pool, negatives)
+
+
+def _losses(model: Cacheable, batch: dict[str, Any], seen: Any, rows: slice, whole: Contrasted) -> Output:
+    """A micro-batch's own losses and figures, in the order of the model's forward pass."""
+    part = model.narrate(batch, seen) if "lm" in model.objectives() else Output()
+    if whole.negatives is not None:
+        own = whole.pool._replace(columns=whole.pool.columns[rows])
+        part.update(model.match(batch, seen, own, whole.negatives.of(rows)))
+    return part
+
+
+def _target(part: Output, seen: Any, rows: slice, whole: Contrasted, scale: Scale) -> Tensor:
+    """The scalar whose gradient is the micro-batch's share of the step's."""
+    losses = [value for name, value in part.items() if name.startswith("loss")]
+    terms = [scale(torch.stack(losses).sum())] if losses else []
+    if "loss_itc" in whole.output:
+        for feats, leaf in zip(seen.feats, whole.feats, strict=True):
+            assert leaf.grad is not None
+            terms.append((feats * leaf.grad[rows]).sum())  # scaled already
+    return torch.stack(terms).sum()
 
 
 def _with_rows(batches: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], slice]]:
@@ -115,22 +166,6 @@ def _with_rows(batches: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], 
         stop = start + len(batch["rows"])
         yield batch, slice(start, stop)
         start = stop
-
-
-def _without_graph(
-    model: Cacheable, batches: list[dict[str, Any]], seed: Seed
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    states, image_feats, text_feats = [], [], []
-    for i, batch in enumerate(batches):
-        with torch.no_grad():
-            seed(-1 - i)
-            state = model.image_states(batch)
-            seed(i)
-            seen = model.represent(batch, state)
-        states.append(state)
-        image_feats.append(seen.image_feats)
-        text_feats.append(seen.text_feats)
-    return states, image_feats, text_feats
 
 
 def _join(batches: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,11 +181,14 @@ def _join(batches: list[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def _total(output: Output, parts: list[Output]) -> Output:
-    """Losses are shares of the whole batch's and add up; figures such as accuracies are averaged."""
+def _total(output: Output, parts: list[Output], rows: list[int]) -> Output:
+    """Losses are shares of the whole batch's and add up; accuracies are averaged over the rows."""
+    total = Output({name: value.detach() for name, value in output.items()})
     for name in parts[0]:
         values = torch.stack([part[name] for part in parts])
-        output[name] = values.sum() if name.startswith("loss") else values.mean()
-    output["loss"] = output.loss_itc.detach() + output.loss_itm + output.loss_lm
-    output["loss_itc"] = output.loss_itc.detach()
-    return output
+        if name.startswith("loss"):
+            total[name] = values.sum()
+        else:
+            total[name] = (values * values.new_tensor(rows)).sum() / max(sum(rows), 1)
+    total["loss"] = torch.stack([value for name, value in total.items() if name.startswith("loss")]).sum()
+    return total

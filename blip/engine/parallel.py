@@ -67,12 +67,17 @@ class Parallel:
         return nullcontext()
 
     def average_grads(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average gradients that were accumulated outside DDP, in one flat collective."""
+        """Average gradients that were accumulated outside DDP, in one flat collective.
+
+        A parameter that no rank has a gradient for keeps none, as in one process: with zeros it would decay.
+        """
         if dist.world_size() == 1:
             return
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        used = dist.any_flags([parameter.grad is not None for parameter in trained], self.device)
         grads = []
-        for parameter in parameters:
-            if parameter.requires_grad:
+        for parameter, anywhere in zip(trained, used, strict=True):
+            if anywhere:
                 # Every rank must contribute the same tensors, also where a rank had no use for one.
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 grads.append(parameter.grad)

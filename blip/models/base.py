@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blip.batch import Output
 from blip.config.schema import ModelConfig
+from blip.errors import ConfigError, hint
 from blip.models.tokenizer import DEC, WordPieces
 from blip.weights import save_safetensors
 
@@ -38,9 +39,23 @@ class BlipModel(nn.Module):
 
     @classmethod
     def from_preset(cls, model_type: str | None = None, **overrides: Any) -> Self:
-        """A model with random weights: the sizes of a preset (the first by default), with overrides."""
+        """A model with random weights: the sizes of a preset (the first by default), with overrides.
+
+        What the preset names to start from is read by `load_parts`, if that is called.
+
+        Raises:
+            ConfigError: unknown preset, or sizes that cannot be built.
+        """
         name = model_type or next(iter(cls.presets))
-        return cls(cls.config_class(**{"model_type": name, **cls.presets[name], **overrides}))
+        if name not in cls.presets:
+            raise ConfigError(f"model.model_type: no preset {name!r}{hint(name, cls.presets)}")
+        preset = cls.presets[name]
+        values = {"model_type": name, **preset, **overrides}
+        for part in fields(cls.config_class):
+            given = values.get(part.name)
+            if isinstance(given, dict) and part.default_factory is not MISSING:
+                values[part.name] = part.default_factory(**{**preset.get(part.name, {}), **given})
+        return cls(cls.config_class(**values))
 
     @property
     def device(self) -> torch.device:
@@ -59,19 +74,28 @@ class BlipModel(nn.Module):
         return self.word_pieces(texts, max_length or self.config.max_txt_len)
 
     def with_text(self, batch: dict[str, Any], max_length: int | None = None) -> dict[str, Any]:
-        """The batch with `text_ids` and `text_mask` on the model's device; strings are tokenised if need be."""
+        """The batch with `text_ids` and `text_mask` on the model's device; strings are tokenised."""
         if "text_ids" in batch:
             return batch
         texts = batch["text_input"]
         tokens = self.tokenize([texts] if isinstance(texts, str) else list(texts), max_length)
         return {**batch, **{k: v.to(self.device) for k, v in tokens.items()}}
 
-    def load_parts(self) -> list[str]:
-        """Load what the parts start from (pretrained tower, BERT); returns one line of report per part."""
+    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
+        """Load what the parts start from (pretrained tower, BERT); returns one line of report per part.
+
+        Args:
+            data_root: where files that the configuration names may lie; None: the environment variable
+                BLIP_DATA, else `data`.
+        """
         return []
 
     def on_step(self, step: int) -> bool:
         """Told before optimizer step `step` (from 0); True if the set of trainable parameters changed."""
+        return False
+
+    def idle_parameters(self) -> bool:
+        """Whether parameters that train get no gradient at present, so that DDP has to look for them."""
         return False
 
     def after_step(self, outputs: Sequence[Output]) -> None:

@@ -43,7 +43,7 @@ def load_bert(qformer: QFormer, lm_head: LMHead, source: str) -> str:
         CheckpointError: a layer of the source does not fit.
     """
     tensors = _bert_tensors(source)
-    for i, layer in enumerate(qformer.layers):
+    for i, layer in enumerate(qformer.blocks()):
         for theirs, ours in _LAYER.items():
             _copy(tensors, f"encoder.layer.{i}.{theirs}", layer.get_submodule(ours), source)
     embedding = qformer.embedding
@@ -66,8 +66,9 @@ def _bert_tensors(source: str) -> dict[str, Tensor]:
         model: Any = AutoModelForMaskedLM.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.qformer.init_from: no BERT-like model {source!r} on disk, in the Hugging Face cache or on its hub"
-            f" ({type(error).__name__}); give a folder with its config.json and weights, or null to start at random"
+            f"model.qformer.init_from: no BERT-like model {source!r} on disk, in the Hugging Face cache or on"
+            f" its hub ({type(error).__name__}); give a folder with its config.json and weights, or null to"
+            " start at random"
         ) from error
     return {name.removeprefix("bert."): tensor for name, tensor in model.state_dict().items()}
 
@@ -77,14 +78,16 @@ def _copy(tensors: dict[str, Tensor], name: str, target: nn.Module, source: str)
         _copy_rows(tensors, f"{name}.{part}", getattr(target, part), source, exact=True)
 
 
-def _copy_rows(tensors: dict[str, Tensor], name: str, target: Tensor, source: str, exact: bool = False) -> None:
+def _copy_rows(
+    tensors: dict[str, Tensor], name: str, target: Tensor, source: str, exact: bool = False
+) -> None:
     tensor = tensors.get(name)
     if tensor is None:
         raise CheckpointError(f"model.qformer.init_from: {source!r} has no tensor {name!r}; is it BERT-like?")
     if tensor.shape[1:] != target.shape[1:] or (exact and len(tensor) != len(target)):
         raise CheckpointError(
-            f"model.qformer.init_from: {name!r} of {source!r} has shape {tuple(tensor.shape)}, the Q-Former needs"
-            f" {tuple(target.shape)}; set model.qformer's sizes to the source's"
+            f"model.qformer.init_from: {name!r} of {source!r} has shape {tuple(tensor.shape)}, the Q-Former"
+            f" needs {tuple(target.shape)}; set model.qformer's sizes to the source's"
         )
     rows = min(len(tensor), len(target))
     with torch.no_grad():

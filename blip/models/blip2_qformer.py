@@ -1,131 +1,60 @@
-"""BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM (sections 3.1 and 3.2).
+"""BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM (sections 3.1, 3.2).
 
 One forward pass, in the order of the losses:
 
     tower (no gradient while frozen) -> ln_vision -> cross-attention keys and values, once per layer
     queries alone -> image features; their self-attention keys and values are kept for the LM loss
     text alone    -> text features                 ITC: against the global batch
-    [queries ; text] for B pairs and 2B hard negatives, reusing the keys and values    ITM
-    text behind the kept keys and values, causal                                       LM (BLIP-2 calls it ITG)
+    text behind the kept keys and values, causal   LM (BLIP-2 calls it ITG)
+    [queries ; text] for B pairs and 2B hard negatives, reusing the keys and values   ITM
 
-`represent`, `contrast`, `match` and `narrate` are these steps; cached accumulation (engine/cached.py) runs the
-same steps over several micro-batches.
+`represent`, `contrast`, `narrate` and `match` are these steps; cached accumulation (engine/cached.py) runs
+the same ones over several micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.batch import Output
-from blip.config.schema import ModelConfig
-from blip.errors import ConfigError, UsageError, hint
+from blip.errors import UsageError, hint
 from blip.layers.attention import KeyValue
 from blip.layers.masks import causal_mask, padding_mask
 from blip.layers.text import LMHead, init_bert
 from blip.losses import NegativeSampler, at_least_float32, itm_loss, lm_loss, similarity
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
-from blip.models.contrast import Negatives, Pool, contrast, gather_pool, targets_only
-from blip.models.qformer import ImageKeys, QFormer, QFormerConfig
-from blip.models.vision import VisionConfig, VisionTower
+from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
+from blip.models.contrast import (
+    Features,
+    Negatives,
+    Pool,
+    contrast,
+    draw_negatives,
+    gather_pool,
+    targets_only,
+)
+from blip.models.qformer import ImageKeys, QFormer
+from blip.models.vision import VisionTower, find_file
 from blip.registry import MODELS
 
-
-@dataclass
-class Blip2QformerConfig(ModelConfig):
-    """Sizes and switches of BLIP-2 stage 1; names and defaults are LAVIS's."""
-
-    vit_model: str = "eva_clip_g"
-    """Vision tower: eva_clip_g, clip_L, vit_base, vit_large, or timm/<name of a timm ViT>."""
-    image_size: int = 224
-    """Side of the input, in pixels."""
-    drop_path_rate: float = 0.0
-    """Drop path of the vision tower's last block; grows linearly from 0."""
-    use_grad_checkpoint: bool = False
-    """Recompute the tower's activations in the backward pass (`vit.checkpoint` chooses how)."""
-    vit_precision: str = "fp16"
-    """Weights of the frozen tower: fp32, fp16 or bf16."""
-    freeze_vit: bool = True
-    """Keep the tower's weights as they are."""
-    vit_train_steps: int = 0
-    """Optimizer steps for which a tower that is to be frozen is trained first; 0 = frozen from the start."""
-    vit_init_from: str | None = None
-    """Weights of the tower: a safetensors or .pth file, or `timm` for timm's pretrained ones; null = random."""
-    vit: VisionConfig = field(default_factory=VisionConfig)
-    """Sizes of the tower that differ from the named one's."""
-    num_query_token: int = 32
-    """Learned queries per image (Q)."""
-    cross_attention_freq: int = 2
-    """Every n-th layer of the Q-Former looks at the image, from the first."""
-    qformer: QFormerConfig = field(default_factory=QFormerConfig)
-    """Sizes of the Q-Former."""
-    embed_dim: int = 256
-    """Width of the contrastive space (E)."""
-    max_txt_len: int = 32
-    """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
-    tokenizer: str = "bert-base-uncased"
-    """`scenes` (embedded), a vocab.txt, a folder, or a Hugging Face name."""
-    vocab_size: int | None = None
-    """Rows of the word embeddings; null = what the tokenizer has."""
-    dropout: float = 0.1
-    """Dropout of the Q-Former."""
-    label_smoothing: float = 0.1
-    """Of the ITC targets and the LM loss."""
-    temp: float = 0.07
-    """Initial temperature of the ITC loss (learned)."""
-    min_temp: float = 0.0
-    """The learned temperature is kept at or above this; LAVIS has no bound."""
-    image_id_targets: bool = True
-    """Use `image_id` where a batch has it: the same picture's texts are positives, never negatives."""
-    gather_with_grad: bool = True
-    """Let ITC gradients flow to the features of other ranks; LAVIS does not."""
-
-    def problems(self) -> list[str]:
-        """Sizes that cannot be built."""
-        found = super().problems() + self._at_least(1, "num_query_token", "cross_attention_freq", "embed_dim")
-        found += self._at_least(1, "image_size", "vocab_size") + self._at_least(3, "max_txt_len")
-        found += self._within(0, 0.9, "dropout", "drop_path_rate", "label_smoothing")
-        if self.max_txt_len > self.qformer.max_positions:
-            found.append(
-                f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions {self.qformer.max_positions}"
-            )
-        if self.vit_precision not in ("fp32", "fp16", "bf16"):
-            found.append(
-                f"vit_precision: {self.vit_precision!r} is not a precision; choose from bf16, fp16, fp32"
-            )
-        if self.vit_train_steps < 0 or (self.vit_train_steps and not self.freeze_vit):
-            found.append(
-                "vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0"
-            )
-        return found
-
-    def tower(self) -> VisionConfig:
-        """The tower's own section, with the switches that stand beside it."""
-        frozen = self.freeze_vit and self.vit_train_steps == 0
-        return replace(
-            self.vit,
-            vit_model=self.vit_model,
-            image_size=self.image_size,
-            drop_path_rate=self.drop_path_rate,
-            precision=self.vit_precision if self.freeze_vit else "fp32",
-            freeze=frozen,
-            init_from=self.vit_init_from,
-        )
+# What LAVIS's stage 1 always starts from. Building a model reads neither; `load_parts` does.
+EVA = {"vit_init_from": "eva_vit_g.pth"}
+BERT = {"qformer": {"init_from": "bert-base-uncased"}}
+LOSSES = tuple(f"loss_{name}" for name in OBJECTIVES)
 
 
 class Representation(NamedTuple):
     """What the uni-modal passes leave for the losses."""
 
-    image_feats: Tensor
-    """(B, Q, E), unit norm."""
-    text_feats: Tensor
-    """(B, E), unit norm."""
+    feats: Features | None
+    """None where neither ITC nor ITM is computed; without gradient where ITC is not."""
     states: Tensor
     """(B, P, D_image), the tower's output before `ln_vision`."""
     keys: ImageKeys
@@ -138,16 +67,18 @@ class Blip2Qformer(BlipModel):
     """BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM.
 
     Shape:
-        batch: `image` (B, 3, H, W) or `image_embeds` (B, P, D_image); `text_input` or `text_ids`, `text_mask`;
-            optional `image_id` (B,).
+        batch: `image` (B, 3, H, W) or `image_embeds` (B, P, D_image); `text_input`, or `text_ids` and
+            `text_mask`; optional `image_id` (B,).
         returns: `loss` = `loss_itc` + `loss_itm` + `loss_lm`, `itc_acc`, `itm_acc`, `temp`.
     """
 
     config_class = Blip2QformerConfig
     presets: ClassVar = {
-        "pretrain": {},
-        "pretrain_vitL": {"vit_model": "clip_L"},
+        "pretrain": {**EVA, **BERT},
+        "pretrain_vitL": {"vit_model": "clip_L", "vit_init_from": "clip_vit_L.pth", **BERT},
         "coco": {
+            **EVA,
+            **BERT,
             "image_size": 364,
             "freeze_vit": False,
             "vit_precision": "fp32",
@@ -182,13 +113,26 @@ class Blip2Qformer(BlipModel):
     def forward(self, batch: dict[str, Any]) -> Output:
         batch = self.with_text(batch)
         seen = self.represent(batch, self.image_states(batch))
-        pool = self.pool(batch, seen.image_feats, seen.text_feats, seen.states, keys=seen.keys)
-        output, negatives = self.contrast(batch, seen.image_feats, seen.text_feats, pool)
-        output.update(self.narrate(batch, seen))
+        output, pool, negatives = Output(), None, None
+        if seen.feats is not None:
+            pool = self.pool(batch, seen.feats, seen.states, keys=seen.keys)
+            output, negatives = self.contrast(batch, seen.feats, pool)
+        if "lm" in self.objectives():
+            output.update(self.narrate(batch, seen))
         # Last, so that the backward pass begins here and frees the largest part before gradients pile up.
-        output.update(self.match(batch, seen, pool, negatives))
-        output["loss"] = output.loss_itc + output.loss_itm + output.loss_lm
+        if pool is not None and negatives is not None:
+            output.update(self.match(batch, seen, pool, negatives))
+        output["loss"] = sum(output[name] for name in LOSSES if name in output)
         return output
+
+    def objectives(self) -> frozenset[str]:
+        """The losses computed at present: all, or `vit_train_objectives` while the tower trains first."""
+        first = self.config.vit_train_steps and not self.vision.frozen
+        return frozenset(self.config.vit_train_objectives if first else OBJECTIVES)
+
+    def idle_parameters(self) -> bool:
+        """True while a loss is left out: its heads get no gradient."""
+        return len(self.objectives()) < len(OBJECTIVES)
 
     def image_states(self, batch: dict[str, Any]) -> Tensor:
         """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place."""
@@ -202,14 +146,18 @@ class Blip2Qformer(BlipModel):
 
     def represent(self, batch: dict[str, Any], states: Tensor) -> Representation:
         """The uni-modal passes: image features from the queries alone, text features from [CLS] alone."""
+        wanted = self.objectives()
         keys = self.image_keys(states)
         image = self.qformer(images=[(keys, 1)])
-        return Representation(
-            self._project_image(image.queries), self.text_feats(batch), states, keys, image.cache
-        )
+        feats = None
+        if "itc" in wanted:
+            feats = Features(self._project_image(image.queries), self.text_feats(batch))
+        elif "itm" in wanted:  # to draw negatives only
+            feats = Features(self._project_image(image.queries).detach(), self.text_feats(batch).detach())
+        return Representation(feats, states, keys, image.cache)
 
     def image_keys(self, states: Tensor) -> ImageKeys:
-        """Keys and values of tower states (B, P, D_image) after `ln_vision`, in float32 up to the products."""
+        """Keys and values of tower states (B, P, D_image) after `ln_vision`, whose norm is in float32."""
         norm = self.ln_vision
         plain = F.layer_norm(states.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps)
         device = plain.device.type
@@ -233,19 +181,17 @@ class Blip2Qformer(BlipModel):
     def _project_image(self, queries: Tensor) -> Tensor:
         return F.normalize(at_least_float32(self.vision_proj(queries)), dim=-1)  # (B, Q, E)
 
-    def pool(
-        self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, states: Tensor, **where: Any
-    ) -> Pool:
+    def pool(self, batch: dict[str, Any], feats: Features, states: Tensor, **where: Any) -> Pool:
         """The global batch that the local rows are contrasted with (`contrast.gather_pool`)."""
         use_ids, grad = self.config.image_id_targets, self.config.gather_with_grad
-        return gather_pool(batch, image_feats, text_feats, states, use_ids=use_ids, grad=grad, **where)
+        return gather_pool(batch, feats, states, use_ids=use_ids, grad=grad, **where)
 
-    def contrast(
-        self, batch: dict[str, Any], image_feats: Tensor, text_feats: Tensor, pool: Pool
-    ) -> tuple[Output, Negatives]:
-        """The ITC loss of the local rows, and the hard negatives that its similarities suggest."""
-        smoothing, sampler = self.config.label_smoothing, self.negative_sampler
-        return contrast(batch, image_feats, text_feats, pool, self.temp, smoothing, sampler)
+    def contrast(self, batch: dict[str, Any], feats: Features, pool: Pool) -> tuple[Output, Negatives | None]:
+        """The ITC loss of the local rows, and the hard negatives that its similarities suggest for ITM."""
+        wanted = self.objectives()
+        found = contrast(batch, feats, pool, self.temp, self.config.label_smoothing)
+        output = found.figures(self.temp) if "itc" in wanted else Output()
+        return output, draw_negatives(batch, found, pool, self.negative_sampler) if "itm" in wanted else None
 
     def match(self, batch: dict[str, Any], seen: Representation, pool: Pool, negatives: Negatives) -> Output:
         """The ITM loss: B pairs, then each image with a wrong text, then each text with a wrong image."""
@@ -266,8 +212,8 @@ class Blip2Qformer(BlipModel):
     def _negative_keys(self, pool: Pool, negatives: Negatives) -> ImageKeys:
         if pool.keys is not None:
             return pool.keys.select(negatives.image)
-        # `ln_vision` and the projections are applied here, to the states as the tower gave them, so that after
-        # the mean over ranks their gradients are the global batch's.
+        # `ln_vision` and the projections are applied here, to the states as the tower gave them, so that
+        # after the mean over ranks their gradients are the global batch's.
         return self.image_keys(pool.fetch_states(negatives.image))
 
     def itm_logits(self, images: list[tuple[ImageKeys, int]], text_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -383,22 +329,28 @@ class Blip2Qformer(BlipModel):
         if self.config.min_temp:
             self.temp.data.clamp_(min=self.config.min_temp)
 
-    def load_parts(self) -> list[str]:
+    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
         """Load the tower from `vit_init_from` and the Q-Former from `qformer.init_from`."""
-        report = self.vision.load_initial()
-        if self.config.qformer.init_from:
-            report.append(load_bert(self.qformer, self.lm_head, self.config.qformer.init_from))
+        report = self.vision.load_initial(data_root)
+        bert = self.config.qformer.init_from
+        if bert:
+            report.append(load_bert(self.qformer, self.lm_head, str(find_file(bert, data_root) or bert)))
         return report
 
     def frozen_parts(self) -> dict[str, str]:
-        """A tower that was never trained here and whose weights can be fetched again."""
+        """A tower that was loaded from elsewhere and never trained here: it can be fetched again."""
         never_trained = self.config.freeze_vit and self.config.vit_train_steps == 0
-        source = self.config.vit_init_from
+        source = self.vision.loaded_from
         return {"vision.": source} if never_trained and source else {}
 
     def blocks(self) -> list[nn.Module]:
         """The tower's blocks and the Q-Former's layers."""
-        return [*self.vision.blocks(), *self.qformer.layers]
+        return [*self.vision.blocks(), *self.qformer.blocks()]
+
+    def recompute_mode(self) -> Literal["none", "torch", "offload"]:
+        """How the tower's blocks recompute their activations (`engine.recompute`)."""
+        mode = self.config.vit.checkpoint
+        return "torch" if mode == "none" and self.config.use_grad_checkpoint else mode
 
     def lr_scale(self, name: str, decay: float) -> float:
         """Layer-wise decay of the tower: block k of L gets decay^(L + 1 - k), everything else 1."""

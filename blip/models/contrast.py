@@ -15,6 +15,7 @@ from blip import dist
 from blip.batch import Output
 from blip.losses import (
     Candidates,
+    ItcOutput,
     KeyedSampler,
     NegativeSampler,
     hard_negatives,
@@ -23,6 +24,15 @@ from blip.losses import (
     smoothed_targets,
 )
 from blip.models.qformer import ImageKeys
+
+
+class Features(NamedTuple):
+    """What is contrasted."""
+
+    image: Tensor
+    """(B, Q, E), unit norm."""
+    text: Tensor
+    """(B, E), unit norm."""
 
 
 class Pool(NamedTuple):
@@ -49,7 +59,7 @@ class Pool(NamedTuple):
     total: int
 
     def fetch_states(self, columns: Tensor) -> Tensor:
-        """The tower's states of the images in `columns` (M,); only those travel between ranks. (M, P, D_image)."""
+        """The tower's states of the images in `columns` (M,), (M, P, D_image); only those travel."""
         index = columns if self.order is None else self.order[columns]
         return dist.fetch_rows(self.states, index, self.total, grad=self.states.requires_grad)
 
@@ -73,8 +83,7 @@ class Negatives(NamedTuple):
 
 def gather_pool(
     batch: dict[str, Any],
-    image_feats: Tensor,
-    text_feats: Tensor,
+    feats: Features,
     states: Tensor,
     keys: ImageKeys | None = None,
     use_ids: bool = True,
@@ -85,76 +94,94 @@ def gather_pool(
 
     Args:
         batch: `text_ids`, `text_mask`, optional `image_id`, `rows`, `batch_total` of the local rows.
-        image_feats: (B, Q, E) of the local rows.
-        text_feats: (B, E) of the local rows.
+        feats: of the local rows.
         states: (B, P, D_image) of the local rows.
         keys: of the local images, reused where this process holds the whole batch.
         use_ids: read `image_id` where the batch has it.
-        grad: let gradients flow to the features that rows are contrasted with. Without it only the row side of
-            the similarities has a gradient, as LAVIS trains (`concat_all_gather`), whatever the number of ranks.
+        grad: let gradients flow to the features that rows are contrasted with. Without it only the row side
+            of the similarities has a gradient, whatever the number of ranks, as LAVIS trains
+            (`concat_all_gather`).
         in_row_order: gathered rows already stand in global row order (one micro-batch).
     """
-    total = batch.get("batch_total") or len(text_feats) * dist.world_size()
+    total = batch.get("batch_total") or len(feats.text) * dist.world_size()
     image_id = batch.get("image_id") if use_ids else None
     ids, mask = batch["text_ids"], batch["text_mask"]
     if not grad:
-        image_feats, text_feats = image_feats.detach(), text_feats.detach()
+        feats = Features(feats.image.detach(), feats.text.detach())
     if dist.world_size() == 1 and in_row_order:
-        columns = torch.arange(total, device=text_feats.device)
-        return Pool(image_feats, text_feats, ids, mask, image_id, columns, None, states, keys, total)
+        columns = torch.arange(total, device=ids.device)
+        return Pool(*feats, ids, mask, image_id, columns, None, states, keys, total)
     ids, mask = _pad_to_longest(ids, mask)
     parts: list[Any] = [
-        dist.gather_rows(image_feats, total, grad),
-        dist.gather_rows(text_feats, total, grad),
+        dist.gather_rows(feats.image, total, grad),
+        dist.gather_rows(feats.text, total, grad),
         dist.gather_rows(ids, total),
         dist.gather_rows(mask.to(torch.uint8), total).bool(),
         None if image_id is None else dist.gather_rows(image_id, total),
     ]
     start, end = dist.slices(total)[dist.rank()]
-    columns = torch.arange(start, end, device=text_feats.device)
+    columns = torch.arange(start, end, device=ids.device)
     order = None
     if not in_row_order:
         order = torch.argsort(dist.gather_rows(batch["rows"], total))
         columns = torch.argsort(order)[start:end]
         parts = [part if part is None else part[order] for part in parts]
-    return Pool(*parts, columns, order, states, None, total)
+    image_feats, text_feats, ids, mask, image_id = parts
+    return Pool(image_feats, text_feats, ids, mask, image_id, columns, order, states, None, total)
+
+
+class Contrasted(NamedTuple):
+    """Local rows beside the pool."""
+
+    itc: ItcOutput
+    positive: Tensor
+    """bool (B, N): columns that show the row's picture."""
+
+    def figures(self, temp: Tensor) -> Output:
+        """`loss_itc`; `itc_acc`, the share of images whose best text is right; `temp`."""
+        best = self.itc.sim_i2t.detach().argmax(dim=1, keepdim=True)
+        right = self.positive.gather(1, best).float().sum() / max(len(best), 1)
+        return Output(loss_itc=self.itc.loss, itc_acc=right, temp=temp.detach().clone())
 
 
 def contrast(
-    batch: dict[str, Any],
-    image_feats: Tensor,
-    text_feats: Tensor,
-    pool: Pool,
-    temp: Tensor,
-    smoothing: float,
-    sampler: NegativeSampler | None,
-) -> tuple[Output, Negatives]:
-    """BLIP-2's ITC loss of the local rows, and the hard negatives that its similarities suggest.
+    batch: dict[str, Any], feats: Features, pool: Pool, temp: Tensor, smoothing: float
+) -> Contrasted:
+    """BLIP-2's ITC loss of the local rows, and the similarities.
 
     Args:
-        batch: optional `rows`, `loss_rows`, and `seed`, `iters` for the keyed draw.
-        image_feats: (B, Q, E); text_feats: (B, E); the local rows.
+        batch: optional `loss_rows`.
+        feats: of the local rows.
         pool: what they are contrasted with.
         temp: temperature.
         smoothing: label smoothing of the targets.
-        sampler: chooses the negatives; None = the keyed draw.
     """
     own_id = None if pool.image_id is None else pool.image_id[pool.columns]
     positive = same_picture(pool.columns, pool.total, own_id, pool.image_id)
     target = smoothed_targets(positive, smoothing, temp.dtype)
     candidates = Candidates(pool.image_feats, pool.text_feats, target, target)
-    itc = itc_loss(image_feats, text_feats, candidates, temp, batch.get("loss_rows"))
+    return Contrasted(itc_loss(feats.image, feats.text, candidates, temp, batch.get("loss_rows")), positive)
+
+
+def draw_negatives(
+    batch: dict[str, Any], seen: Contrasted, pool: Pool, sampler: NegativeSampler | None
+) -> Negatives:
+    """The hard negatives that the similarities suggest.
+
+    Args:
+        batch: optional `rows`, and `seed`, `iters` for the keyed draw.
+        seen: similarities of the local rows.
+        pool: where the negatives are.
+        sampler: chooses them; None = the keyed draw.
+    """
     rows = batch.get("rows", pool.columns)
     sampler = sampler or KeyedSampler(batch.get("seed", 0), batch.get("iters", 0))
-    negatives = Negatives(
-        hard_negatives(itc.sim_t2i, positive, rows, sampler, "image"),
-        hard_negatives(itc.sim_i2t, positive, rows, sampler, "text"),
-        ~positive.all(dim=1),
+    return Negatives(
+        hard_negatives(seen.itc.sim_t2i, seen.positive, rows, sampler, "image"),
+        hard_negatives(seen.itc.sim_i2t, seen.positive, rows, sampler, "text"),
+        ~seen.positive.all(dim=1),
         _share_with_negatives(pool),
     )
-    best = itc.sim_i2t.detach().argmax(dim=1, keepdim=True)
-    right = positive.gather(1, best).float().sum() / max(len(rows), 1)
-    return Output(loss_itc=itc.loss, itc_acc=right, temp=temp.detach().clone()), negatives
 
 
 def targets_only(hidden: Tensor, labels: Tensor, count: int | None) -> tuple[Tensor, Tensor]:

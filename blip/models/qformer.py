@@ -8,19 +8,22 @@ lets the queries (never the text) attend to the image. Which of them see each ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from blip.config.schema import Section, SectionError
 from blip.errors import ConfigError
 from blip.layers.attention import Attention, KeyValue, Segment
 from blip.layers.text import FeedForward, TextEmbedding, init_bert
 
 
 @dataclass
-class QFormerConfig:
+class QFormerConfig(Section):
     """Sizes of the Q-Former; the defaults are BERT-base's."""
+
+    section: ClassVar[str] = "model.qformer"
 
     width: int = 768
     """D of queries and text."""
@@ -35,17 +38,21 @@ class QFormerConfig:
     norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
     init_from: str | None = None
-    """BERT-like model to start from: a folder or a Hugging Face name; null = random."""
+    """BERT-like model to start from: a folder (as given, else below the data root) or a Hugging Face name;
+    null = random."""
 
-    def __post_init__(self) -> None:
-        if self.width % self.num_heads:
-            raise ConfigError(
-                f"qformer.num_heads: {self.num_heads} does not divide qformer.width {self.width}"
-            )
+    def problems(self) -> list[str]:
+        """Sizes that cannot be built."""
+        found = self._at_least(1, "width", "depth", "num_heads", "mlp_dim", "max_positions")
+        if self.norm_eps <= 0:
+            found.append(f"norm_eps: {self.norm_eps} is not above 0")
+        if not found and self.width % self.num_heads:
+            found.append(f"num_heads: {self.num_heads} does not divide the width {self.width}")
+        return found
 
 
 class ImageKeys(NamedTuple):
-    """An image's cross-attention keys and values, one entry per layer (None where there is no cross-attention).
+    """An image's cross-attention keys and values, an entry per layer; None where a layer does not look at it.
 
     Computed once per image and layer; ITC, ITM and LM reuse them, with gradients.
     """
@@ -78,7 +85,11 @@ class QFormerLayer(nn.Module):
         self, config: QFormerConfig, image_width: int | None, dropout: float, text_ffn: bool
     ) -> None:
         super().__init__()
-        sizes = {"num_heads": config.num_heads, "dropout": dropout, "norm_eps": config.norm_eps}
+        sizes: dict[str, Any] = {
+            "num_heads": config.num_heads,
+            "dropout": dropout,
+            "norm_eps": config.norm_eps,
+        }
         self.self_attn = Attention(config.width, **sizes)
         self.cross_attn = Attention(config.width, kv_width=image_width, **sizes) if image_width else None
         self.query_ffn = FeedForward(config.width, config.mlp_dim, dropout, config.norm_eps)
@@ -129,7 +140,13 @@ class QFormer(nn.Module):
         vocab_size: V; None builds neither embeddings nor text feed-forwards (stage 2: queries only).
         cross_attention_freq: layers 0, n, 2n, ... have cross-attention.
         dropout: of attention probabilities and of every sub-block's output.
+
+    Raises:
+        ConfigError: sizes that cannot be built.
     """
+
+    embedding: Any
+    """`TextEmbedding`, or `QueryEmbedding` without text."""
 
     def __init__(
         self,
@@ -140,6 +157,13 @@ class QFormer(nn.Module):
         cross_attention_freq: int = 2,
         dropout: float = 0.1,
     ) -> None:
+        if problems := config.problems():  # it may have been changed since it was built
+            raise SectionError(config.section, problems)
+        if min(num_query, image_width, cross_attention_freq) < 1:
+            raise ConfigError(
+                f"Q-Former: num_query {num_query}, image_width {image_width} and cross_attention_freq"
+                f" {cross_attention_freq} must be at least 1"
+            )
         super().__init__()
         self.num_query = num_query
         self.query_tokens = nn.Parameter(torch.zeros(1, num_query, config.width))
@@ -158,9 +182,13 @@ class QFormer(nn.Module):
         nn.init.normal_(self.query_tokens, std=0.02)
         self.copy_text_ffn()
 
+    def blocks(self) -> list[QFormerLayer]:
+        """The layers in order."""
+        return [cast(QFormerLayer, layer) for layer in self.layers]
+
     def copy_text_ffn(self) -> None:
         """Start the queries' feed-forwards as copies of the text's, as LAVIS does."""
-        for layer in self.layers:
+        for layer in self.blocks():
             if layer.text_ffn is not None:
                 layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
 
@@ -169,8 +197,8 @@ class QFormer(nn.Module):
 
         `norm` is applied to them as far as its weight and bias go (`Attention.keys_values`).
         """
-        cross = [layer.cross_attn for layer in self.layers]
-        return ImageKeys([attn and attn.keys_values(image_embeds, norm) for attn in cross])
+        cross = [layer.cross_attn for layer in self.blocks()]
+        return ImageKeys([None if x is None else x.keys_values(image_embeds, norm) for x in cross])
 
     def queries(self, rows: int) -> Tensor:
         """The learned queries for `rows` rows, embedded: (rows, Q, D)."""
@@ -202,7 +230,7 @@ class QFormer(nn.Module):
             parts.append(text)
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (R, Q + T, D)
         cache = []
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks()):
             segments = None
             if images and layer.cross_attn is not None:
                 segments = [Segment(_entry(keys, i), copies) for keys, copies in images]

@@ -1,4 +1,4 @@
-"""BERT word pieces with [DEC] and [ENC], encoded by the Rust tokenizer: fast enough for the loader's workers."""
+"""BERT word pieces with [DEC] and [ENC], encoded by the Rust tokenizer: fast enough for loader workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEC, ENC = "[DEC]", "[ENC]"
 
 
 class WordPieces:
-    """Lower-cased BERT word pieces; the added tokens stand behind the vocabulary (BLIP and LAVIS: from 30522).
+    """Lower-cased BERT word pieces; added tokens stand behind the vocabulary (BLIP and LAVIS: from 30522).
 
     Every text becomes `[CLS] ... [SEP]`; the models replace the first id where they need [DEC] or [ENC].
 
@@ -100,8 +100,8 @@ def _word_pieces(file: Path) -> Tokenizer:
         return BertWordPieceTokenizer(str(file), lowercase=True)
     except Exception as error:  # tokenizers raises plain Exception and TypeError
         raise ConfigError(
-            f"model.tokenizer: '{file}' is no vocabulary of BERT word pieces ({error}); it has one piece a line,"
-            f" {PAD}, {UNK}, {CLS}, {SEP} and {MASK} among them"
+            f"model.tokenizer: '{file}' is no vocabulary of BERT word pieces ({error}); it has one piece a"
+            f" line, {PAD}, {UNK}, {CLS}, {SEP} and {MASK} among them"
         ) from error
 
 
@@ -112,9 +112,9 @@ def _from_hub(name: str) -> Tokenizer:
         return _plain(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.tokenizer: no vocabulary {name!r}: not a vocab.txt or folder on disk, and not in the Hugging Face"
-            f" cache or reachable on its hub ({type(error).__name__}); give the path of a vocab.txt, or 'scenes' for"
-            " the embedded one"
+            f"model.tokenizer: no vocabulary {name!r}: not a vocab.txt or folder on disk, and not in the"
+            f" Hugging Face cache or reachable on its hub ({type(error).__name__}); give the path of a"
+            " vocab.txt, or 'scenes' for the embedded one"
         ) from error
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -20,6 +22,10 @@ TIMM_MODULES = ("vision_transformer", "deit", "eva", "beit")
 """Modules of timm whose models are plain stacks of blocks over prefix and patch tokens."""
 TOWER_PREFIXES = ("visual_encoder.", "vision.vit.", "visual.")
 """Where whole models keep their tower: LAVIS's, ours, OpenAI's."""
+
+_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+PUBLISHED = {name: _LAVIS + name for name in ("eva_vit_g.pth", "clip_vit_L.pth")}
+"""Files of tower weights that presets name -> where LAVIS publishes them."""
 
 _MODEL_KEYS = ("image_size:", "drop_path_rate:")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,7 +60,8 @@ class VisionConfig(Section):
     freeze: bool = False
     """Start frozen: no gradient, eval mode, `precision`."""
     init_from: str | None = None
-    """A safetensors or .pth file, or `timm` / `timm/<name>` for timm's pretrained weights; null = random."""
+    """A safetensors or .pth file (as given, else below the data root), or `timm` / `timm/<name>` for timm's
+    pretrained weights; null = random."""
     checkpoint: Literal["none", "torch", "offload"] = "none"
     """Recompute the blocks' activations in the backward pass; `offload` keeps their inputs in CPU memory."""
     checkpoint_last: int | None = None
@@ -136,6 +143,8 @@ class VisionTower(nn.Module):
             self.num_tokens = self.vit.num_tokens
             self.image_size = self.vit.config.image_size
         self.frozen = False
+        self.loaded_from: str | None = None
+        """What `load_initial` has loaded, as the configuration names it."""
         if config.freeze:
             self.freeze()
 
@@ -179,12 +188,16 @@ class VisionTower(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
-    def load_initial(self) -> list[str]:
+    def load_initial(self, data_root: str | Path | None = None) -> list[str]:
         """Load the weights that `config.init_from` names; returns one line of report, or none.
+
+        Args:
+            data_root: where a relative path that does not exist as given is looked for, too (`find_file`).
 
         Raises:
             ConfigError: timm has no such model or no weights for it.
-            CheckpointError: unreadable file, a weight missing, of another shape, or without a place here.
+            CheckpointError: no such file, an unreadable one, a weight missing, of another shape, or without a
+                place here.
         """
         source = self.config.init_from
         if source is None:
@@ -192,10 +205,12 @@ class VisionTower(nn.Module):
         if source == "timm" or source.startswith(TIMM):
             state = _timm_weights(source, self.config.vit_model)
         else:
-            state = _tower_part(read_weights(source))
+            state = _tower_part(read_weights(_weights_path(source, data_root)))
         if "class_embedding" in state:
             state = rename_openai_clip(state)
-        return [self._load(state, source)]
+        report = [self._load(state, source)]
+        self.loaded_from = source
+        return report
 
     def _states(self, image: Tensor) -> Tensor:
         return self.vit(image) if isinstance(self.vit, Vit) else self.vit.forward_features(image)
@@ -241,8 +256,8 @@ class VisionTower(nn.Module):
                 if n
             ]
             raise CheckpointError(
-                f"vit_init_from: {source} does not fit {self.config.vit_model}: {', '.join(parts)}; give"
-                " weights of that tower, or set its sizes to the file's"
+                f"model.vit_init_from: {source} does not fit {self.config.vit_model}: {', '.join(parts)};"
+                " give weights of that tower, or set its sizes to the file's"
             )
         try:
             self.vit.load_state_dict({name: state[name] for name in wanted})
@@ -250,8 +265,8 @@ class VisionTower(nn.Module):
             shapes = [n for n in wanted if not _same_shape(n, state[n], wanted[n])]
             first = f"{tuple(state[shapes[0]].shape)}, needed {tuple(wanted[shapes[0]].shape)}"
             raise CheckpointError(
-                f"vit_init_from: {source} has other shapes than {self.config.vit_model}: {_some(shapes)}"
-                f" (first: {first}); set model.vit's sizes to the file's"
+                f"model.vit_init_from: {source} has other shapes than {self.config.vit_model}:"
+                f" {_some(shapes)} (first: {first}); set model.vit's sizes to the file's"
             ) from error
         resized = "pos_embed" in wanted and state["pos_embed"].shape != wanted["pos_embed"].shape
         note = f"; not used: {_some(unused)}" if unused else ""
@@ -274,6 +289,34 @@ class VisionTower(nn.Module):
             "proj",
             "mask_token",
         )
+
+
+def find_file(name: str, data_root: str | Path | None = None) -> Path | None:
+    """A file or folder as given, else below the data root; None where neither exists.
+
+    Args:
+        name: path; a relative one starts at the working directory, then at the data root.
+        data_root: None: the environment variable BLIP_DATA, else `data`.
+    """
+    places = (Path(name).expanduser(), _data_root(data_root) / name)
+    return next((place for place in places if place.exists()), None)
+
+
+def _data_root(data_root: str | Path | None) -> Path:
+    return Path(data_root or os.environ.get("BLIP_DATA") or "data")
+
+
+def _weights_path(source: str, data_root: str | Path | None) -> Path:
+    found = find_file(source, data_root)
+    if found is not None:
+        return found
+    url = PUBLISHED.get(Path(source).name)
+    get = f"LAVIS publishes it at {url}; put it there, or give" if url else "give"
+    raise CheckpointError(
+        f"model.vit_init_from: no file '{source}', neither as given nor below the data root"
+        f" '{_data_root(data_root)}' (run.data_root or BLIP_DATA); {get} another weight file, or null for a"
+        " tower that starts at random"
+    )
 
 
 def _tower_hint(name: str) -> str:
@@ -371,7 +414,7 @@ def _timm_weights(source: str, vit_model: str) -> dict[str, Tensor]:
     name = source.removeprefix(TIMM) if source != "timm" else vit_model.removeprefix(TIMM)
     if source == "timm" and not vit_model.startswith(TIMM):
         raise ConfigError(
-            f"vit_init_from: 'timm' does not say which weights {vit_model} should start from;"
+            f"model.vit_init_from: 'timm' does not say which weights {vit_model} should start from;"
             " give timm/<name>"
         )
     _check_timm_name(name)
@@ -379,7 +422,7 @@ def _timm_weights(source: str, vit_model: str) -> dict[str, Tensor]:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub client raises errors of many packages
         raise ConfigError(
-            f"vit_init_from: timm could not give pretrained weights of {name} ({type(error).__name__}:"
+            f"model.vit_init_from: timm could not give pretrained weights of {name} ({type(error).__name__}:"
             f" {_one_line(error)}); is the network or the Hugging Face cache reachable? A file of weights or"
             " null also works"
         ) from error

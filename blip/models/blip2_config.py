@@ -1,0 +1,132 @@
+"""Sizes and switches of BLIP-2 stage 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from blip.config.schema import ModelConfig
+from blip.errors import hint
+from blip.models.qformer import QFormerConfig
+from blip.models.vision import VisionConfig
+
+OBJECTIVES = ("itc", "itm", "lm")
+"""The losses of stage 1, by name."""
+
+BESIDE = {
+    "vit_model": "vit_model",
+    "image_size": "image_size",
+    "drop_path_rate": "drop_path_rate",
+    "precision": "vit_precision",
+    "freeze": "freeze_vit",
+    "init_from": "vit_init_from",
+}
+"""Keys of the tower's section -> the model's keys, which decide in their place."""
+
+
+@dataclass
+class Blip2QformerConfig(ModelConfig):
+    """Sizes and switches of BLIP-2 stage 1; names and defaults are LAVIS's."""
+
+    vit_model: str = "eva_clip_g"
+    """Vision tower: eva_clip_g, clip_L, vit_base, vit_large, or timm/<name of a timm ViT>."""
+    image_size: int = 224
+    """Side of the input, in pixels."""
+    drop_path_rate: float = 0.0
+    """Drop path of the vision tower's last block; grows linearly from 0."""
+    use_grad_checkpoint: bool = False
+    """Recompute the tower's activations in the backward pass; `vit.checkpoint` may choose another way than
+    torch's."""
+    vit_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Weights of the frozen tower."""
+    freeze_vit: bool = True
+    """Keep the tower's weights as they are."""
+    vit_train_steps: int = 0
+    """Optimizer steps for which a tower that is to be frozen is trained first; 0: frozen from the start."""
+    vit_train_objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES))
+    """Losses (itc, itm, lm) of those steps; the others begin when the tower is frozen."""
+    vit_init_from: str | None = None
+    """Weights of the tower: a safetensors or .pth file (as given, else below the data root), or `timm` for
+    timm's pretrained ones; null = random."""
+    vit: VisionConfig = field(default_factory=VisionConfig)
+    """Sizes of the tower that differ from the named one's."""
+    num_query_token: int = 32
+    """Learned queries per image (Q)."""
+    cross_attention_freq: int = 2
+    """Every n-th layer of the Q-Former looks at the image, from the first."""
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    """Sizes of the Q-Former."""
+    embed_dim: int = 256
+    """Width of the contrastive space (E)."""
+    max_txt_len: int = 32
+    """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    tokenizer: str = "bert-base-uncased"
+    """`scenes` (embedded), a vocab.txt, a folder, or a Hugging Face name."""
+    vocab_size: int | None = None
+    """Rows of the word embeddings; null = what the tokenizer has."""
+    dropout: float = 0.1
+    """Dropout of the Q-Former."""
+    label_smoothing: float = 0.1
+    """Of the ITC targets and the LM loss."""
+    temp: float = 0.07
+    """Initial temperature of the ITC loss (learned)."""
+    min_temp: float = 0.0
+    """The learned temperature is kept at or above this; LAVIS has no bound."""
+    image_id_targets: bool = True
+    """Use `image_id` where a batch has it: the same picture's texts are positives, never negatives."""
+    gather_with_grad: bool = True
+    """Let ITC gradients flow to the features of other ranks; LAVIS does not."""
+
+    def problems(self) -> list[str]:
+        """Sizes that cannot be built, and switches that contradict each other."""
+        found = super().problems() + self._at_least(1, "num_query_token", "cross_attention_freq", "embed_dim")
+        found += self._at_least(1, "image_size", "vocab_size") + self._at_least(3, "max_txt_len")
+        found += self._at_least(0, "vit_train_steps")
+        found += self._within(0, 0.9, "dropout", "drop_path_rate", "label_smoothing")
+        if self.max_txt_len > self.qformer.max_positions:
+            most = self.qformer.max_positions
+            found.append(f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions, which is {most}")
+        if self.temp <= 0:
+            found.append(f"temp: {self.temp} is not above 0")
+        if self.vit_train_steps and not self.freeze_vit:
+            found.append(
+                "vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0"
+            )
+        found += self._objective_problems() + self._tower_problems()
+        # The named tower's sizes mean something only where the keys they are made of do.
+        return found or self.tower().size_problems()
+
+    def _objective_problems(self) -> list[str]:
+        key, given = "vit_train_objectives", self.vit_train_objectives
+        if not given:
+            return [f"{key}: empty; name at least one of {', '.join(OBJECTIVES)}"]
+        if unknown := [name for name in given if name not in OBJECTIVES]:
+            return [f"{key}: unknown objective {name!r}{hint(name, OBJECTIVES)}" for name in unknown]
+        if set(given) != set(OBJECTIVES) and not self.vit_train_steps:
+            return [f"{key}: only while the tower is trained first; set vit_train_steps, or leave this out"]
+        return []
+
+    def _tower_problems(self) -> list[str]:
+        plain = VisionConfig()
+        found = [
+            f"vit.{key}: has no effect here, since model.{ours} decides; set that one"
+            for key, ours in BESIDE.items()
+            if getattr(self.vit, key) != getattr(plain, key)
+        ]
+        if self.vit_precision not in ("fp32", "fp16", "bf16"):
+            found.append(
+                f"vit_precision: {self.vit_precision!r} is no precision; choose from bf16, fp16, fp32"
+            )
+        return found
+
+    def tower(self) -> VisionConfig:
+        """The tower's own section, with the switches that stand beside it."""
+        return replace(
+            self.vit,
+            vit_model=self.vit_model,
+            image_size=self.image_size,
+            drop_path_rate=self.drop_path_rate,
+            precision=self.vit_precision if self.freeze_vit else "fp32",
+            freeze=self.freeze_vit and self.vit_train_steps == 0,
+            init_from=self.vit_init_from,
+        )
