@@ -179,7 +179,8 @@ class VisionTower(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        self._cast(_DTYPES[self.config.precision])
+        if self.config.precision != "fp32":  # which leaves everything as it is, float64 too
+            self._cast(_DTYPES[self.config.precision])
 
     def unfreeze(self) -> None:
         """Let the tower train again, in float32; what `freeze` rounded stays so. Call `train()` next."""
