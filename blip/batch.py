@@ -35,11 +35,29 @@ class Batch(TypedDict, total=False):
     """int64 (B,): row of each sample in the global batch of the optimizer step."""
     batch_total: int
     """N, rows of this micro-batch on all ranks; they are split as `dist.slices` says."""
+    index: Tensor
+    """int64 (B,): places of the samples in the evaluated dataset (evaluation only)."""
     epoch: int
+    step: int
+    """Optimizer step that the loader made this micro-batch for, from 0."""
+    micro_batch: int
+    """Its number within that step."""
+    num_micro_batches: int
+    """Micro-batches of that step."""
+    source: str
+    """Name of the dataset that it was drawn from."""
+    position: dict[str, Any]
+    """State of the loader behind this micro-batch."""
     iters: int
     """Number of optimizer steps done before this one."""
     num_iters_per_epoch: int
     seed: int
+    loss_rows: float
+    """What sums over rows are divided by: rows of the whole step, per rank and averaged micro-batch."""
+    loss_tokens: Tensor
+    """The same of target tokens, a scalar."""
+    num_targets: int | None
+    """Target tokens of the local rows, where the host knows them."""
 
 
 class Output(dict[str, Any]):

@@ -147,7 +147,8 @@ def _caption(title: str, lines: Mapping[str, Points], log: bool) -> str:
         (points,) = lines.values()
         return f"<b>{escape(title)}</b> {short(points[-1][1])}{note}"
     keys = "".join(
-        f'<span class="key" style="--c:var(--c{i % COLOURS + 1})">{escape(name)} {short(points[-1][1])}</span>'
+        f'<span class="key" style="--c:var(--c{i % COLOURS + 1})">{escape(name)}'
+        f" {short(points[-1][1])}</span>"
         for i, (name, points) in enumerate(lines.items())
     )
     return f"<b>{escape(title)}</b>{note} {keys}"

@@ -45,8 +45,8 @@ _NAMES = ("image", "index", "image_id", "instance_id", "score")
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run folder from what lies there; returns its path.
 
-    Pictures of samples are those that predictions name under `image`: a path, absolute or from the run folder,
-    or a `data:` URI as `thumbnail` makes it.
+    Pictures of samples are those that predictions name under `image`: a path, absolute or from the run
+    folder, or a `data:` URI as `thumbnail` makes it.
 
     Raises:
         DataError: no run in that folder.
@@ -124,8 +124,8 @@ def _scores(evaluations: Mapping[str, Sequence[Line]]) -> str:
         )
         left_out = f" <small>the last {len(shown)} of {len(lines)}</small>" if len(shown) < len(lines) else ""
         tables.append(
-            f'<div class="table"><table><caption>{escape(split)}{left_out}</caption><thead><tr><th></th>{head}</tr>'
-            f"</thead><tbody>{body}</tbody></table></div>"
+            f'<div class="table"><table><caption>{escape(split)}{left_out}</caption>'
+            f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
     return _section("Scores", tables, "tables")
 
@@ -303,7 +303,9 @@ def _by_split(lines: Iterable[Line]) -> dict[str, list[Line]]:
 
 def _figure(line: Line, name: str) -> float | None:
     value = line.get(name)
-    return float(value) if type(value) in (int, float) and abs(value) < float("inf") else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < float("inf") else None
 
 
 def _figure_names(line: Line) -> list[str]:

@@ -22,7 +22,8 @@ def features(rows: int, queries: int | None = None) -> torch.Tensor:
 def test_itc_loss_is_the_plain_double_loop() -> None:
     torch.manual_seed(0)
     image_feats, text_feats, temp = features(5, 3), features(5), torch.tensor(0.07, dtype=torch.double)
-    best = torch.stack([torch.stack([(queries @ text).max() for text in text_feats]) for queries in image_feats])
+    rows = [torch.stack([(queries @ text).max() for text in text_feats]) for queries in image_feats]
+    best = torch.stack(rows)
     sim = best / temp
     expected = -(sim.log_softmax(1).diag().mean() + sim.log_softmax(0).diag().mean()) / 2
     itself = Candidates(image_feats, text_feats, torch.eye(5), torch.eye(5))
