@@ -79,7 +79,7 @@ def test_each_loss_and_its_gradients_are_those_of_plain_loops(name: str, ids: bo
     got.backward()
     expected.backward()
     wanted = gradients(plain)
-    # What the loss does not read (LM: the last layer's queries) has no gradient in ours, zeros in the plain one.
+    # What the loss does not read (LM: the last layer's queries) has no gradient in ours, else zeros.
     unread = {n: torch.zeros_like(g) for n, g in wanted.items() if n not in gradients(ours)}
     assert_same({**gradients(ours), **unread}, wanted, 1e-8)
 
