@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from blip import atomic
 from blip.batch import Output
 from blip.config.schema import ModelConfig
-from blip.errors import ConfigError, hint
+from blip.errors import CheckpointError, ConfigError, hint
 from blip.models.tokenizer import DEC, WordPieces
+from blip.registry import MODELS
 from blip.weights import save_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+FORMAT = "blip"
+"""What `format` of our `config.json` says."""
+
+
+class Sizes(NamedTuple):
+    """What tensors tell of a configuration."""
+
+    values: dict[str, Any]
+    """Configuration values, sections as dictionaries."""
+    unknown: list[str]
+    """Dotted keys that these tensors do not tell and that no published size suggests."""
 
 
 class BlipModel(nn.Module):
@@ -31,11 +45,29 @@ class BlipModel(nn.Module):
     config_class: ClassVar[type[ModelConfig]] = ModelConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     added_tokens: ClassVar[tuple[str, ...]] = (DEC,)
+    published: ClassVar[dict[str, str]] = {}
+    """Preset -> address of the weights that LAVIS publishes for it."""
+    freezable: ClassVar[tuple[str, ...]] = ()
+    """State-dict prefixes of parts that weight files may leave out; `load_frozen` fetches them."""
+    on_cpu: ClassVar[dict[str, Any]] = {}
+    """Configuration values with which foreign weights compute in float32, as LAVIS does on a CPU."""
+    default_processors: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
+        "vis_processor": {"train": {"name": "blip_image_train"}, "eval": {"name": "blip_image_eval"}},
+        "text_processor": {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption"}},
+    }
+    """Processors as LAVIS's model configurations name them; pictures get the model's `image_size`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config: Any = config
         self._word_pieces: WordPieces | None = None
+        self.processors = deepcopy(self.default_processors)
+        """What turns pictures and texts into this model's input; `config.json` keeps it."""
+
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor]) -> Sizes:
+        """What weights by our names tell of the configuration; they may lack what is `freezable`."""
+        return Sizes({}, [])
 
     @classmethod
     def from_preset(cls, model_type: str | None = None, **overrides: Any) -> Self:
@@ -90,6 +122,10 @@ class BlipModel(nn.Module):
         """
         return []
 
+    def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
+        """Load those of the `freezable` parts that a weight file has left out; else as `load_parts`."""
+        return []
+
     def on_step(self, step: int) -> bool:
         """Told before optimizer step `step` (from 0); True if the set of trainable parameters changed."""
         return False
@@ -119,10 +155,25 @@ class BlipModel(nn.Module):
         return 1.0
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `model.safetensors` and `config.json`, which `blip.from_pretrained` reads back."""
+        """Write `model.safetensors` and `config.json`, which `blip.from_pretrained` reads back.
+
+        Weights of `frozen_parts` are left out; `config.json` says where they come from.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to '{folder}': {error.strerror or error}") from error
         save_safetensors(self.state_to_save(), folder / WEIGHTS_FILE)
-        description = {"format": "blip", "config": asdict(self.config), "frozen_parts": self.frozen_parts()}
-        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        arch = self.config.arch or next((n for n in MODELS.names() if MODELS.get(n) is type(self)), "")
+        description = {
+            "format": FORMAT,
+            "config": {**asdict(self.config), "arch": arch},
+            "frozen_parts": self.frozen_parts(),
+            "processors": self.processors,
+        }
+        atomic.write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
         return folder

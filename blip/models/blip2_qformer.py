@@ -14,7 +14,7 @@ the same ones over several micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from blip.losses import NegativeSampler, at_least_float32, itm_loss, lm_loss, si
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
+from blip.models.blip2_weights import STAGE1_WEIGHTS, stage1_sizes
 from blip.models.contrast import (
     Features,
     Negatives,
@@ -85,6 +86,10 @@ class Blip2Qformer(BlipModel):
             "use_grad_checkpoint": True,
         },
     }
+    published = STAGE1_WEIGHTS
+    freezable = ("vision.",)
+    on_cpu: ClassVar = {"vit_precision": "fp32"}
+    sizes_of = staticmethod(stage1_sizes)
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
 
@@ -336,6 +341,10 @@ class Blip2Qformer(BlipModel):
         if bert:
             report.append(load_bert(self.qformer, self.lm_head, str(find_file(bert, data_root) or bert)))
         return report
+
+    def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
+        """Load the tower from `vit_init_from`, if it is wanted."""
+        return self.vision.load_initial(data_root) if "vision." in prefixes else []
 
     def frozen_parts(self) -> dict[str, str]:
         """A tower that was loaded from elsewhere and never trained here: it can be fetched again."""
