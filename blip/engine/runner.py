@@ -6,7 +6,7 @@ import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ class Runner:
         found = self.checkpoints.find(self.config.resume)
         if found is not None:
             self.checkpoints.restore(found, self.model, self._stateful(), self._per_rank())
+            if self.progress.best_step is not None:  # `best` may have named a newer one, which is gone
+                self.checkpoints.mark_best(self.progress.best_step)
             log.info("continuing after step %d, from %s", self.progress.step, found)
         self.saved, self.saved_at = self.progress.step if found else -1, time.monotonic()
         # What the steps so far have frozen is no part of the state: the model is told again.
@@ -122,10 +124,11 @@ class Runner:
             Stopped: a stop signal came; the state is saved.
             TrainingError: too many non-finite steps in a row.
         """
-        if self.trains:
-            with StopSignals() as self.signals:
-                self._train()
-        return self._finish()
+        if not self.trains:
+            return self._finish()
+        with StopSignals() as self.signals:
+            self._train()
+            return self._finish()
 
     def _train(self) -> None:
         candidates = self.config.batch_size_train * dist.world_size()
@@ -286,13 +289,16 @@ class Runner:
         if due and progress.step and self.saved != progress.step:
             self._save()
         if stop:
-            cause = self.signals.received or "a signal on another rank"
-            raise Stopped(
-                f"stopped by {cause} after step {progress.step}; continue with run.resume=auto"
-                f" run.output_dir={self.tracker.folder}"
-            )
+            self._stop()
         if evaluate:
             self._validate()
+
+    def _stop(self) -> NoReturn:
+        cause = self.signals.received or "a signal on another rank"
+        raise Stopped(
+            f"stopped by {cause} after step {self.progress.step}; continue with run.resume=auto"
+            f" run.output_dir={self.tracker.folder}"
+        )
 
     def _save(self) -> None:
         self.checkpoints.save(self.progress.step, self.model, self._stateful(), self._per_rank())
@@ -369,6 +375,9 @@ class Runner:
         step = self._take_best() if self.trains else self.progress.step
         scores: dict[str, float] = {}
         for split in self._final_splits():
+            asked = self.trains and self.signals.received is not None
+            if any(dist.any_flags([asked], self.parallel.device)):
+                self._stop()
             scores = self._evaluate(split, step) or scores
         if self.trains:
             with self._averaged():

@@ -80,6 +80,9 @@ class Tracker:
         """
         if self._metrics is None or self._events is None:
             return
+        for folder in (self.folder, self.folder / PREDICTIONS_FOLDER, self.model_folder):
+            for leftover in folder.glob(atomic.PARTIAL + "*"):  # of a run that was killed
+                leftover.unlink()
         self._metrics.rewind(step)
         self._events.rewind(step)
         self._display = Display(total_steps, step)
