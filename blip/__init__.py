@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_model_and_preprocess": "blip.zoo",
     "load_preprocess": "blip.zoo",
     "from_pretrained": "blip.zoo",
+    "to_hf": "blip.zoo",
     "load_dataset": "blip.zoo",
 }
 

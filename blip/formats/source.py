@@ -1,0 +1,207 @@
+"""Where weights come from (path, cached file, hub id), what lies beside them, and whose names they have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from blip.config.files import read_yaml
+from blip.errors import CheckpointError
+from blip.formats import hf, lavis
+from blip.formats.hf_config import read_folder
+from blip.formats.rules import Omit, Table
+from blip.weights import CHECKPOINT_FOLDER, MODEL_FOLDER, find_weights
+
+HUB_FILES = ("*.json", "*.txt", "*.safetensors")
+PICKLES = ("*.bin", "*.pth", "*.pt")
+"""Fetched only where a repository has no safetensors; read with `weights_only`, so they run no code."""
+
+_ADDRESS = re.compile(r"https?://")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+@dataclass
+class Source:
+    """Weights on this machine, and what the files beside them tell."""
+
+    name: str
+    """As it was asked for."""
+    weights: Path
+    """The weight file."""
+    values: dict[str, Any] | None = None
+    """Configuration of the model, from our own or Hugging Face's `config.json`, or a run's `config.yaml`."""
+    own: bool = False
+    """Whether the values are of our own making, and so complete."""
+    processors: dict[str, Any] | None = None
+    """`vis_processor` and `text_processor` of the run or model."""
+    data_root: str | None = None
+    """`run.data_root` of the run: frozen weights may lie there."""
+
+
+class Recognised(NamedTuple):
+    """Weights under our names."""
+
+    arch: str | None
+    """Registry name of a model that they fit; None where they bear our names already."""
+    tensors: dict[str, Tensor]
+    absent: list[str]
+    """Patterns of our names that their layout has no place for."""
+
+
+def open_source(source: str | Path) -> Source:
+    """Find weights and their configuration; a hub id is fetched where it is not in the cache.
+
+    Args:
+        source: weight file, exported model, run folder, checkpoint, Hugging Face folder or hub id, or the
+            address of a file that torch's cache holds.
+
+    Raises:
+        CheckpointError: nothing there, or its configuration is unreadable or of an unknown class.
+    """
+    found = Source(str(source), find_weights(local_copy(source)))
+    folder = found.weights.parent
+    if (folder / "config.json").is_file():
+        _read_json(found, folder / "config.json")
+    run = next((place for place in (folder.parent, folder.parent.parent) if _is_run(place, folder)), None)
+    if run is not None and (found.own or found.values is None):
+        _read_run(found, run / "config.yaml")
+    return found
+
+
+def local_copy(source: str | Path) -> Path:
+    """The path of a file or folder on this machine that `source` means; need not exist.
+
+    Raises:
+        CheckpointError: an address that is not in torch's cache, or a hub id that cannot be fetched.
+    """
+    text, path = str(source), Path(source).expanduser()
+    if _ADDRESS.match(text):
+        cached = torch_cache() / text.rpartition("/")[2]
+        if cached.is_file():
+            return cached
+        raise CheckpointError(
+            f"{text} is not on this machine: download it to '{cached}', or anywhere and give its path as"
+            " checkpoint=PATH; pretrained=False builds the model with random weights"
+        )
+    if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
+        return path
+    return _snapshot(text)
+
+
+def torch_cache() -> Path:
+    """Where torch, timm and LAVIS keep the weight files that they have downloaded."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def recognise(tensors: dict[str, Tensor], arch: str | None = None, name: str = "the weights") -> Recognised:
+    """Weights of any known layout under our names, by what they are called.
+
+    Args:
+        tensors: as they were read.
+        arch: model that they must be of; None: the first one that has a place for all of them.
+        name: what messages call them.
+
+    Raises:
+        CheckpointError: the layout is known, but no model (or not this one) has a place for all of them.
+    """
+    module = next((m for m in (lavis, hf) if m.looks_like(tensors)), None)
+    if module is None:
+        return Recognised(arch, tensors, [])
+    if arch is not None and arch not in module.TABLES:
+        raise CheckpointError(
+            f"{name}: {arch!r} cannot be read from this layout of weights, but {', '.join(module.TABLES)} can"
+        )
+    failures = []
+    for known in [arch] if arch else list(module.TABLES):
+        for table in _tables(module.TABLES[known]):
+            try:
+                ours = table.to_ours(tensors).state
+            except CheckpointError as error:
+                failures.append(error)
+                continue
+            omitted = [re.sub(r"\{\w+\}", "*", r.ours) for r in table.rules if isinstance(r, Omit)]
+            return Recognised(known, ours, omitted)
+    nearest = min(failures, key=lambda error: len(str(error)))  # the one with the fewest names to complain of
+    raise CheckpointError(f"{name}: {nearest}") from nearest
+
+
+def left_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:
+    """Those of `prefixes` that no name starts with."""
+    return [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in tensors)]
+
+
+def _tables(entry: Table | Mapping[str, Table]) -> list[Table]:
+    return [entry] if isinstance(entry, Table) else list(entry.values())
+
+
+def _snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *PICKLES]))
+    except Exception as error:  # the hub client raises errors of many packages
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            f"'{name}' is no file or folder here, and the Hugging Face hub gave no such repository"
+            f" ({type(error).__name__}: {reason}); correct the path or id, or give the path of a copy"
+        ) from error
+    return folder
+
+
+def _read_json(found: Source, file: Path) -> None:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        architectures = [str(name) for name in content.get("architectures") or []]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"'{file}' is no model configuration ({error}); fetch or write it again"
+        ) from error
+    if content.get("format") == "blip":
+        if not isinstance(content.get("config"), dict):
+            raise CheckpointError(f"'{file}' has no section 'config'; write it again with save_pretrained")
+        found.values, found.own = dict(content["config"]), True
+        found.processors = _processors(content.get("processors"))
+    elif architectures:
+        arch, values = read_folder(file.parent, architectures)
+        found.values = {"arch": arch, **values}
+
+
+def _is_run(place: Path, folder: Path) -> bool:
+    """Whether `place` is the run folder that an exported model or checkpoint in `folder` belongs to."""
+    inside = folder == place / MODEL_FOLDER or folder.parent == place / CHECKPOINT_FOLDER
+    return inside and (place / "config.yaml").is_file()
+
+
+def _read_run(found: Source, file: Path) -> None:
+    tree = read_yaml(file, str(file))
+    if not isinstance(tree.get("model"), dict):
+        raise CheckpointError(f"'{file}' has no section 'model', so it is not the configuration of a run")
+    if found.values is None:
+        found.values, found.own = dict(tree["model"]), True
+    run, datasets = tree.get("run") or {}, tree.get("datasets") or {}
+    found.data_root = run.get("data_root") if isinstance(run, dict) else None
+    sections = datasets.values() if isinstance(datasets, dict) else ()
+    found.processors = next(filter(None, map(_processors, sections)), found.processors)
+
+
+def _processors(section: Any) -> dict[str, Any] | None:
+    """The processors of a dataset section or a `config.json`, if both kinds are named for `eval`."""
+    if not isinstance(section, dict):
+        return None
+    kinds = {kind: section.get(kind) for kind in ("vis_processor", "text_processor")}
+    for stages in kinds.values():
+        if not isinstance(stages, dict) or "eval" not in stages:
+            return None
+        if not all(isinstance(entry, dict) for entry in stages.values()):
+            return None
+    return kinds

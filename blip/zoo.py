@@ -1,0 +1,343 @@
+"""Models and data by name: lists, loading with published or own weights, processors, datasets.
+
+What is known of a single model stands in its class (`presets`, `published`, `freezable`, `sizes_of`, ...).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip.config.typed import typed_section
+from blip.data.browse import Pairs, open_splits
+from blip.data.sources import make_processor
+from blip.errors import CheckpointError, ConfigError, UsageError, hint
+from blip.formats.hf_config import to_model
+from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
+from blip.models.base import BlipModel
+from blip.registry import MODELS
+from blip.weights import load_into, read_weights
+
+log = logging.getLogger(__name__)
+
+Processors = dict[str, Any]
+"""`train` and `eval` -> what turns a picture into a tensor, or a text into a cleaned one."""
+
+
+def list_models(pattern: str | None = None) -> dict[str, list[str]]:
+    """Registry names, all or those that match a shell-style pattern -> model types, the default one first."""
+    return {name: list(MODELS.get(name).presets) for name in MODELS.names(pattern or "*")}
+
+
+def load_model(
+    name: str,
+    model_type: str | None = None,
+    is_eval: bool = False,
+    device: str | torch.device = "cpu",
+    checkpoint: str | Path | None = None,
+    pretrained: bool = True,
+    **overrides: Any,
+) -> Any:
+    """A model by its registry name, with weights.
+
+    On a CPU published weights compute in float32, as in LAVIS.
+
+    Args:
+        name: see `list_models`.
+        model_type: preset; None: that of the checkpoint, else the first one.
+        is_eval: set evaluation mode.
+        device: where to put it.
+        checkpoint: weights to load, as `from_pretrained` takes them.
+        pretrained: without `checkpoint`, load the weights that LAVIS publishes; they must be on this machine.
+            False: random weights, but for parts whose files `overrides` name (`vit_init_from`).
+        **overrides: configuration values, sections as dictionaries: `vit={"depth": 4}`.
+
+    Raises:
+        ConfigError: unknown name, type or key, or values that cannot be built.
+        CheckpointError: weights that are missing, unreadable or of another model; the message has the address
+            of published ones.
+    """
+    cls, device = MODELS.get(name), _device(device)
+    _check_type(name, cls, model_type)
+    if checkpoint is None:
+        model_type = model_type or next(iter(cls.presets), "")
+        if not pretrained:
+            return _placed(_from_scratch(cls, name, model_type, overrides), is_eval, device)
+        if model_type not in cls.published:
+            raise CheckpointError(
+                f"no weights are published for {name} {model_type!r}; give checkpoint=PATH or a hub id, or"
+                " pretrained=False for random ones"
+            )
+        checkpoint = cls.published[model_type]
+    return _load(open_source(checkpoint), name, model_type, is_eval, device, overrides)
+
+
+def from_pretrained(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    is_eval: bool = True,
+    arch: str | None = None,
+    model_type: str | None = None,
+    **overrides: Any,
+) -> Any:
+    """The model that weights belong to, with them.
+
+    Args:
+        source: run folder (its final model, else best, else newest checkpoint), checkpoint, folder that
+            `save_pretrained` or transformers wrote, LAVIS's .pth, or hub id.
+        device: where to put it.
+        is_eval: set evaluation mode.
+        arch: registry name; None: the one that is saved with the weights, else recognised by their names.
+        model_type: preset for weights without a configuration; None: the one that fits their sizes.
+        **overrides: configuration values that win over what comes with the weights.
+
+    Raises:
+        CheckpointError: missing or unreadable, of no known model, or of other sizes.
+        ConfigError: unknown name, type or key.
+    """
+    device = _device(device)
+    if arch is not None:
+        _check_type(arch, MODELS.get(arch), model_type)
+    return _load(open_source(source), arch, model_type, is_eval, device, overrides)
+
+
+def load_preprocess(
+    model: BlipModel | str, model_type: str | None = None, **overrides: Any
+) -> tuple[Processors, Processors]:
+    """Processors of pictures and of texts, each for `train` and `eval`.
+
+    Args:
+        model: a model, whose own processors these are, or a registry name.
+        model_type: preset, for a name.
+        **overrides: as `load_model`, for a name.
+
+    Raises:
+        ConfigError: unknown name, type or key.
+    """
+    if isinstance(model, str):
+        cls = MODELS.get(model)
+        _check_type(model, cls, model_type)
+        config = _config(cls, model, model_type or next(iter(cls.presets), ""), {}, overrides)
+        sections = cls.default_processors
+    else:
+        config, sections = model.config, model.processors
+    size = getattr(config, "image_size", None)
+    made = []
+    for kind, images in (("vis_processor", True), ("text_processor", False)):
+        own = {"image_size": size} if images and size else {}  # the tower takes no other
+        entries = sections[kind].items()
+        made.append({s: make_processor({**entry, **own}, f"{kind}.{s}", images) for s, entry in entries})
+    return made[0], made[1]
+
+
+def load_model_and_preprocess(
+    name: str,
+    model_type: str | None = None,
+    is_eval: bool = False,
+    device: str | torch.device = "cpu",
+    **options: Any,
+) -> tuple[Any, Processors, Processors]:
+    """A model, its processors of pictures, and those of texts; arguments and errors as `load_model`."""
+    model = load_model(name, model_type, is_eval, device, **options)
+    return model, *load_preprocess(model)
+
+
+def to_hf(model: BlipModel) -> Any:
+    """The transformers model with the weights of this one, in eval mode and float32.
+
+    Raises:
+        UsageError: transformers has no such model.
+        CheckpointError: weights that its layout has no place for.
+    """
+    arch = model.config.arch or next((n for n in MODELS.names() if MODELS.get(n) is type(model)), "")
+    return to_model(arch, model)
+
+
+def load_dataset(
+    name: str, root: str | Path | None = None, split: str | Sequence[str] | None = None, **options: Any
+) -> dict[str, Pairs]:
+    """The image-text pairs of a dataset, by split: PIL pictures and texts as they are stored.
+
+    Args:
+        name: of the catalogue (`blip data list`), or any other with a `path`.
+        root: data root; None: the environment variable BLIP_DATA, else `data`.
+        split: one or several; None: all of which files are there.
+        **options: what `datasets.NAME` of a configuration takes: `path`, `images`, `columns`, ...
+
+    Raises:
+        DataError: unknown name or split, or files that are missing; the message tells how to get them.
+        ConfigError: unknown or wrong options.
+    """
+    return open_splits(name, root, [split] if isinstance(split, str) else split, options)
+
+
+def _check_type(name: str, cls: type[BlipModel], model_type: str | None) -> None:
+    if model_type is not None and model_type not in cls.presets:
+        raise ConfigError(f"{name} has no model type {model_type!r}{hint(model_type, cls.presets)}")
+
+
+def _config(
+    cls: type[BlipModel],
+    arch: str,
+    model_type: str,
+    found: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    preset: Mapping[str, Any] | None = None,
+) -> Any:
+    """What came with the weights (`found`), over it the preset, over it the overrides."""
+    given = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in overrides.items()}
+    layers: dict[str, Mapping[str, Any]] = {
+        "saved with the weights": found,
+        f"preset {arch}/{model_type}": cls.presets.get(model_type, {}) if preset is None else preset,
+        "argument": {**given, "arch": arch, "model_type": model_type},
+    }
+    return typed_section(cls.config_class, layers)
+
+
+def _load(
+    source: Source,
+    arch: str | None,
+    model_type: str | None,
+    is_eval: bool,
+    device: torch.device,
+    overrides: dict[str, Any],
+) -> Any:
+    name = f"'{source.name}'"
+    values = source.values or {}
+    weights = recognise(read_weights(source.weights), arch or values.get("arch") or None, name)
+    arch = arch or values.get("arch") or weights.arch
+    if not arch:
+        raise CheckpointError(
+            f"{name}: nothing says which model these weights are of; give arch=, one of"
+            f" {', '.join(MODELS.names())}"
+        )
+    cls = MODELS.get(arch)
+    if source.own:
+        model_type = model_type or values.get("model_type", "")
+        config = _config(cls, arch, model_type, values, overrides, preset={})  # the values are complete
+    else:
+        config = _foreign_config(source, weights, cls, arch, model_type, device, overrides)
+    model = cls(config)
+    if source.processors is not None:
+        model.processors = source.processors
+    _fill(model, weights, source)
+    return _placed(model, is_eval, device)
+
+
+def _foreign_config(
+    source: Source,
+    weights: Recognised,
+    cls: type[BlipModel],
+    arch: str,
+    model_type: str | None,
+    device: torch.device,
+    overrides: dict[str, Any],
+) -> Any:
+    """The configuration of weights that others wrote: what their files tell, then the preset that fits."""
+    found, unknown = cls.sizes_of(weights.tensors)
+    if source.values is not None:
+        found, unknown = {k: v for k, v in source.values.items() if k != "arch"}, []
+    if model_type is None:
+        model_type = _fitting_preset(cls, found)
+    preset = cls.presets.get(model_type, {})
+    open_keys = [key for key in unknown if not (_has(preset, key) or _has(overrides, key))]
+    if open_keys:
+        raise CheckpointError(
+            f"'{source.name}': its tensors do not tell {', '.join(open_keys)}; give them too, as in"
+            f" {_example(open_keys[0])}"
+        )
+    if device.type == "cpu":
+        overrides = {**cls.on_cpu, **overrides}
+    return _config(cls, arch, model_type, found, overrides)
+
+
+def _fitting_preset(cls: type[BlipModel], found: Mapping[str, Any]) -> str:
+    """The preset that agrees with most of what was found, the first of several."""
+
+    def agreement(name: str) -> int:
+        shared = [key for key in cls.presets[name] if key in found and not isinstance(found[key], dict)]
+        return sum(1 if cls.presets[name][key] == found[key] else -1 for key in shared)
+
+    return max(cls.presets, key=agreement, default="")
+
+
+def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
+    """Weights into the model; what they leave out on purpose from where the configuration says."""
+    # A part that is trained first and then frozen in a precision of its own has been frozen by now.
+    model.on_step(sys.maxsize)
+    absent = left_out(weights.tensors, model.freezable)
+    report = load_into(
+        model,
+        weights.tensors,
+        source=f"'{source.name}'",
+        allow_missing=[*weights.absent, *(prefix + "*" for prefix in absent)],
+    )
+    log.info("%s", report.text())
+    if absent and not _load_frozen(model, absent, source):
+        parts = ", ".join(prefix.rstrip(".") for prefix in absent)
+        raise CheckpointError(
+            f"'{source.name}' leaves out {parts}, which was frozen, and nothing says where its weights are"
+        )
+
+
+def _load_frozen(model: BlipModel, absent: list[str], source: Source) -> list[str]:
+    """Look where the run did, below the data root, and where LAVIS keeps its downloads."""
+    failure: CheckpointError | None = None
+    for root in dict.fromkeys((source.data_root, None, str(torch_cache()))):
+        try:
+            return model.load_frozen(absent, root)
+        except CheckpointError as error:
+            failure = failure or error
+    raise CheckpointError(f"'{source.name}' leaves out {', '.join(absent)}: {failure}") from failure
+
+
+def _from_scratch(
+    cls: type[BlipModel], arch: str, model_type: str, overrides: Mapping[str, Any]
+) -> BlipModel:
+    """Random weights; of the parts only those are read whose source an override names."""
+    preset = _without_sources(cls.presets.get(model_type, {}))
+    model = cls(_config(cls, arch, model_type, {}, overrides, preset))
+    for line in model.load_parts():
+        log.info("%s", line)
+    return model
+
+
+def _without_sources(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without `init_from`, `vit_init_from` and the like, in sections as well."""
+    return {
+        key: _without_sources(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if not key.endswith("init_from")
+    }
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Raises UsageError for a device that is not there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = (str(error).strip() or "unknown").splitlines()[0]
+        raise UsageError(f"device {str(device)!r} cannot be used ({reason}); give 'cpu'") from error
+
+
+def _placed(model: BlipModel, is_eval: bool, device: torch.device) -> Any:
+    return model.to(device).train(not is_eval)
+
+
+def _has(tree: Mapping[str, Any], dotted: str) -> bool:
+    key, _, rest = dotted.partition(".")
+    below = tree.get(key)
+    if is_dataclass(below):
+        return True
+    return _has(below, rest) if rest and isinstance(below, Mapping) else not rest and key in tree
+
+
+def _example(dotted: str) -> str:
+    key, _, rest = dotted.partition(".")
+    return f'{key}={{"{rest}": ...}}' if rest else f"{key}=..."
