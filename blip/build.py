@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -84,6 +85,7 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
         runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
         if config.run.evaluate and limit is None:
             runner.progress.step = load_evaluated(config, model, runner.checkpoints)
+            model.on_step(sys.maxsize)  # what is frozen on the way has been frozen by now
     except BaseException:
         tracker.abandon()
         raise
@@ -93,19 +95,25 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
 def build_model(config: Config, device: torch.device) -> Any:
     """The model with the weights it starts from, on its device.
 
-    Random weights depend on `run.seed` alone. First come the parts' own weights (tower, BERT), then those of
-    the whole model: `init_from`, else `finetuned`, else `pretrained`.
+    Random weights depend on `run.seed` alone. A model starts from `init_from`, else `finetuned`, else
+    `pretrained`; where none is given, its parts (tower, BERT) start from what is named for them.
 
     Raises:
         CheckpointError: weights that are missing or do not fit.
     """
     keyed.seed_torch(config.run.seed, "init")
     model: Any = MODELS.get(config.model.arch)(config.model)
-    for line in on_all(partial(model.load_parts, config.run.data_root)):
+    source, root = start_of(config), config.run.data_root
+    load = partial(load_any, model, source) if source else model.load_parts
+    for line in on_all(lambda: load(root)):
         log.info("%s", line)
-    source = start_of(config)
-    if source:
-        log.info("%s", on_all(lambda: load_any(model, source)).text())
+    for section in config.datasets.values():
+        if section.vis_processor and section.text_processor:
+            model.processors = {
+                "vis_processor": section.vis_processor,
+                "text_processor": section.text_processor,
+            }
+            break
     apply_recompute(model.vision.blocks(), model.recompute_mode(), model.config.vit.checkpoint_last)
     return model.to(device)
 

@@ -1,45 +1,37 @@
-"""Weights of any known layout (ours, LAVIS's, Hugging Face's) into a model."""
+"""Weights of any known layout (ours, LAVIS's, Hugging Face's) into a model that is there already."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from blip.formats.source import left_out, local_copy, recognise
+from blip.weights import load_into, matches, read_weights, some
 
-from blip.formats import hf, lavis
-from blip.weights import LoadReport, load_into, read_weights
+log = logging.getLogger(__name__)
 
 
-def load_any(model: Any, source: str | Path) -> LoadReport:
-    """Load a weight file or folder into a model, whose layout the names tell.
+def load_any(model: Any, source: str | Path, data_root: str | Path | None = None) -> list[str]:
+    """Load weights, whose names tell the layout, into a model; returns a line of report per part.
 
-    Parts that checkpoints leave out (`model.frozen_parts`) may be absent; they keep what they have.
+    Frozen parts that the weights leave out are loaded from where the model's configuration says. What the
+    layout has no place for (Hugging Face: LM head, temperature) keeps its values, with a warning.
 
     Args:
         model: `BlipModel`.
-        source: as `read_weights` takes it.
+        source: weight file, run folder, checkpoint, Hugging Face folder or hub id.
+        data_root: where files that the configuration names may lie.
 
     Raises:
         CheckpointError: it cannot be read, or a name is missing, unexpected or of another shape.
     """
-    tensors = in_our_layout(read_weights(source), model.config)
-    absent = [prefix + "*" for prefix in model.frozen_parts()]
-    return load_into(model, tensors, source=f"'{source}'", allow_missing=absent)
-
-
-def in_our_layout(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-    """The tensors under our names.
-
-    Args:
-        tensors: by the names of any known layout.
-        config: of the model they are for: `arch`, and `vit_model` where it has a tower.
-
-    Raises:
-        CheckpointError: names of a known layout that the model has no place for.
-    """
-    if lavis.looks_like(tensors):
-        return lavis.table(config.arch, getattr(config, "vit_model", "")).to_ours(tensors).state
-    if hf.looks_like(tensors):
-        return hf.table(config.arch).to_ours(tensors).state
-    return tensors
+    name = f"'{source}'"
+    weights = recognise(read_weights(local_copy(source)), model.config.arch or None, name)
+    absent = left_out(weights.tensors, model.freezable)
+    lines = model.load_frozen(absent, data_root) if absent else []
+    present = [prefix + "*" for prefix in absent if prefix in model.frozen_parts()]
+    report = load_into(model, weights.tensors, source=name, allow_missing=[*present, *weights.absent])
+    if kept := [n for n in report.missing if matches(n, weights.absent)]:
+        log.warning("%s has no %s, which keep the values they start with", name, some(kept))
+    return [*lines, report.text()]
