@@ -174,10 +174,7 @@ class Runner:
         scaler.unscale_(self.optimizer)
         grad_norm = self.parallel.clip_grads(self.model.parameters(), self.config.max_grad_norm)
         finite = dist.all_true(torch.isfinite(grad_norm))
-        means = {
-            k: torch.stack([o.scalars()[k].float() for o in outputs]).mean() for k in outputs[0].scalars()
-        }
-        figures = means | {"grad_norm": grad_norm.detach().float()}
+        figures = _means(outputs, batches) | {"grad_norm": grad_norm.detach().float()}
         if finite:
             scaler.step(self.optimizer)
             self.model.after_step(outputs)  # momentum twin, queues, temperature
@@ -400,6 +397,27 @@ class Runner:
         if self.ema is not None:
             self.ema.load_state_dict(read_part(best, "ema"))
         return int(self.progress.best_step or 0)
+
+
+def _means(outputs: list[Output], batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Figures of this rank, whose mean over the ranks is that over the step's rows.
+
+    Losses are divided by the step's rows or tokens already; other figures are means over a micro-batch's own
+    rows, which may be fewer in the last one of an epoch, or in cached mode over all micro-batches.
+    """
+    rows = [len(batch["rows"]) for batch in batches]
+    counts = rows if len(outputs) == len(rows) else [sum(rows)]
+    shares = [count / batches[0]["loss_rows"] for count in counts]
+    scalars = [output.scalars() for output in outputs]
+    return {
+        name: torch.stack(
+            [
+                some[name].float() * (1 if name.startswith("loss") else share)
+                for some, share in zip(scalars, shares, strict=True)
+            ]
+        ).mean()
+        for name in scalars[0]
+    }
 
 
 def _losses_first(item: tuple[str, float]) -> int:
