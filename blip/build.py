@@ -16,7 +16,7 @@ from blip.config.schema import Config
 from blip.data.datasets import EvalPairs, SkipLog
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.sources import available_splits, build_dataset, require_files
-from blip.engine.checkpoint import Checkpoints, load_model, read_state
+from blip.engine.checkpoint import Checkpoints, load_model, read_part, read_state
 from blip.engine.dry_run import dry_run
 from blip.engine.parallel import Parallel, pick_device
 from blip.engine.recompute import apply_recompute
@@ -26,6 +26,7 @@ from blip.engine.tracker import Tracker
 from blip.errors import ConfigError
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
+from blip.weights import load_into
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +132,11 @@ def start_of(config: Config) -> str | None:
 def load_evaluated(config: Config, model: Any, checkpoints: Checkpoints) -> int:
     """Put the weights that are to be evaluated into the model; returns the training step they are of.
 
-    `run.resume` names a checkpoint or, with `auto`, the best (else the newest) one of `run.output_dir`.
+    `run.resume` names a checkpoint or, with `auto`, the best (else the newest) one of `run.output_dir`. With
+    `run.ema_decay` its averaged weights are meant, as in training.
 
     Raises:
+        CheckpointError: a checkpoint that does not fit, or has no averages where `run.ema_decay` is given.
         ConfigError: nothing says which weights.
     """
     found = checkpoints.find(config.run.resume)
@@ -141,6 +144,9 @@ def load_evaluated(config: Config, model: Any, checkpoints: Checkpoints) -> int:
         found = checkpoints.best or found
     if found is not None:
         log.info("%s", on_all(lambda: load_model(found, model)).text())
+        if config.run.ema_decay is not None:  # evaluated as in training, and exported
+            averages = on_all(lambda: read_part(found, "ema"))["averages"]
+            on_all(lambda: load_into(model, averages, source=f"'{found}'", allow_missing=["*"]))
         return int(on_all(lambda: read_state(found))["step"])
     if start_of(config) is None:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 `python -m tests.e2e.forks` reads requests as lines of JSON and answers in kind:
 
-    {"start": {"module", "argv", "env", "log", "traps"}}   -> process id of the started command
+    {"start": {"module", "argv", "env", "cwd", "log", "traps"}}   -> process id of the started command
     {"next": null}                                         -> [process id, exit code] of the next that ends
 
 A trap is something done to the command from within, so that it happens at a moment that no outsider can hit.
@@ -64,7 +64,9 @@ def serve() -> None:
         sys.stdout.flush()
 
 
-def _become(module: str, argv: list[str], env: dict[str, str], log: str, traps: list[list[Any]]) -> NoReturn:
+def _become(
+    module: str, argv: list[str], env: dict[str, str], cwd: str, log: str, traps: list[list[Any]]
+) -> NoReturn:
     """Run a command, in a process group of its own, as `python -m module *argv` would."""
     os.setpgid(0, 0)  # so that what it leaves behind can be found
     with open(os.devnull) as nothing, open(log, "a") as output:
@@ -72,6 +74,8 @@ def _become(module: str, argv: list[str], env: dict[str, str], log: str, traps: 
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = [module, *argv]
     for name, *arguments in traps:
         globals()[name](*arguments)
     code = importlib.import_module(module).main(argv)

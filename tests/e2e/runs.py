@@ -151,6 +151,7 @@ class Commands:
         trapped: int = 0,
         kill_after: float | None = None,
         env: dict[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> Ended:
         """Run a command to its end.
 
@@ -162,6 +163,7 @@ class Commands:
             trapped: the rank that the traps are for; -1: all.
             kill_after: seconds until all ranks get SIGKILL.
             env: further environment.
+            cwd: where the command runs; None: in `folder`.
         """
         self._count += 1
         log = self.folder / f"command-{self._count}.txt"
@@ -180,6 +182,7 @@ class Commands:
                 "module": module,
                 "argv": [str(a) for a in argv],
                 "env": {**(place if world > 1 else {}), **(env or {})},
+                "cwd": str(cwd or self.folder),
                 "log": str(log),
                 "traps": (traps or []) if trapped in (rank, -1) else [],
             }

@@ -198,6 +198,8 @@ def test_both_ranks_end_with_the_same_model_as_one_process(train: Trainings) -> 
     one, two = (read_weights(train("json", world=world) / "model" / "model.safetensors") for world in (1, 2))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        if name.endswith(("key.bias", "qkv.bias")):  # have no gradient but rounding, of which Adam makes steps
+        if name.endswith(
+            ("key.bias", "qkv.bias")
+        ):  # have no gradient but rounding, of which Adam makes steps
             continue
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
