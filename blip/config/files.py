@@ -18,6 +18,7 @@ SMALL_RECIPES = ("tiny", "laptop")
 SUFFIXES = (".yaml", ".yml")
 COMMENT_COLUMN = 48
 MOST_VALUES = 50_000
+_OVERRIDE = re.compile(r"(model|datasets|run)\.[\w.]+=")
 DEEPEST = 32
 
 
@@ -103,8 +104,10 @@ def parse_overrides(overrides: Iterable[str]) -> list[tuple[tuple[str, ...], Any
         ConfigError: an argument without `=`, or without a key.
     """
     items = list(overrides)
-    if items and len(items) % 2 == 0 and all("=" not in key for key in items[::2]):
-        items = [f"{key}={value}" for key, value in zip(items[::2], items[1::2], strict=True)]
+    keys, values = items[::2], items[1::2]
+    paired = len(keys) == len(values) and all("." in key and "=" not in key for key in keys)
+    if items and paired and not any(map(_OVERRIDE.match, values)):
+        items = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
     parsed = []
     for item in items:
         key, equals, text = item.partition("=")

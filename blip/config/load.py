@@ -49,6 +49,10 @@ def load_config(
     recipe = find_config(name)
     given = _Values()
     for path, value in parse_overrides(overrides):
+        if len(path) == 1 and path[0] in SECTIONS and not isinstance(value, dict):
+            raise ConfigError(
+                f"{path[0]} ({COMMAND_LINE}): {_shown(value)} is not a section of keys and values"
+            )
         given.put(path, value, COMMAND_LINE)
     sources = {recipe.shown: read_yaml(recipe.path, recipe.shown), COMMAND_LINE: given.tree()}
     return _Loader(recipe, sources, known_datasets).config()
@@ -116,6 +120,8 @@ class _Loader:
         model_type: type[Any] = getattr(model_class, "config_class", ModelConfig)
         run_type: type[Any] = getattr(task_class, "run_config_class", RunConfig)
         self._gather(model_class, model_type, run_type)
+        if task_class is None:
+            self._forget_task_keys()
         names = self._dataset_names()
         self.valid = ["name", *keys_of(model_type, "model."), *keys_of(run_type, "run.")]
         for name in names:
@@ -212,6 +218,13 @@ class _Loader:
                     self.values.put((section,), content, origin)
         for path, value in list(self.values.leaves.items()):
             self._refuse_code(path, value)
+
+    def _forget_task_keys(self) -> None:
+        """Drop the keys that some task adds: without the task, they cannot be told from mistakes."""
+        classes = [getattr(TASKS.get(name), "run_config_class", RunConfig) for name in TASKS.names()]
+        added = {key for cls in classes for key in keys_of(cls, "")} - set(keys_of(RunConfig, ""))
+        for path in [path for path in self.values.leaves if path[0] == "run" and path[-1] in added]:
+            del self.values.leaves[path]
 
     def _preset(self, model_class: type[Any]) -> None:
         presets: dict[str, dict[str, Any]] = getattr(model_class, "presets", {})
@@ -362,19 +375,20 @@ def section_of(annotation: Any) -> type[Any] | None:
 def describe(annotation: Any, value: Any = None) -> str:
     """What a field takes, in words, with the allowed values of a choice."""
     words: list[str] = []
+    suggestion = ""
     for part in _options(annotation):
         origin, arguments = typing.get_origin(part), typing.get_args(part)
         if origin is Literal:
             words.append(f"one of {', '.join(map(str, arguments))}")
             if close := nearest(str(value), map(str, arguments)):
-                words[-1] += f"; did you mean {close[0]!r}"
+                suggestion = f"; did you mean {close[0]!r}?"
         elif dataclasses.is_dataclass(part):
             words.append("a section of keys and values")
         elif origin in (list, tuple):
             words.append(f"a list of {describe(arguments[0]).removeprefix('a ')}s" if arguments else "a list")
         else:
             words.append(WORDS.get(origin or part, getattr(part, "__name__", str(part))))
-    return " or ".join(words)
+    return " or ".join(words) + suggestion
 
 
 WORDS: dict[Any, str] = {

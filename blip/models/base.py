@@ -99,6 +99,12 @@ class BlipModel(nn.Module):
         """The tokenizer, read at first use."""
         if self._word_pieces is None:
             self._word_pieces = WordPieces(self.config.tokenizer, self.added_tokens)
+            rows, needed = getattr(self.config, "vocab_size", None), self._word_pieces.vocab_size
+            if rows is not None and rows < needed:
+                raise ConfigError(
+                    f"model.vocab_size: {rows} rows of word embeddings are too few for the {needed} pieces of"
+                    f" the tokenizer {self.config.tokenizer!r}; set it to {needed} or more, or to null"
+                )
         return self._word_pieces
 
     def tokenize(self, texts: list[str], max_length: int | None = None) -> dict[str, Tensor]:

@@ -47,7 +47,9 @@ class QFormerConfig(Section):
         if self.norm_eps <= 0:
             found.append(f"norm_eps: {self.norm_eps} is not above 0")
         if not found and self.width % self.num_heads:
-            found.append(f"num_heads: {self.num_heads} does not divide the width {self.width}")
+            found.append(
+                f"num_heads: {self.num_heads} does not divide the width {self.width}; set num_heads or width"
+            )
         return found
 
 

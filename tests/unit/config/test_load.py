@@ -116,11 +116,11 @@ def test_whole_numbers_may_be_written_as_powers_and_numbers_as_text(write: Write
         ("model=3", "model (command line): 3 is not a section of keys and values"),
         (
             "run.precision=bf61",
-            "run.precision (command line): 'bf61' is not one of auto, bf16, fp16, fp32; did you mean 'bf16'",
+            "run.precision (command line): 'bf61' is not one of auto, bf16, fp16, fp32; did you mean 'bf16'?",
         ),
         (
             "run.device=tpu",
-            "run.device (command line): 'tpu' is not one of auto, cuda, cpu; did you mean 'cpu'",
+            "run.device (command line): 'tpu' is not one of auto, cuda, cpu; did you mean 'cpu'?",
         ),
         # unknown names
         ("model.arch=blip3", "model.arch (command line): unknown model 'blip3'; did you mean 'blip2'?"),

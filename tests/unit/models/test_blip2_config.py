@@ -84,7 +84,10 @@ def test_what_cannot_be_is_refused_with_its_key(values: dict[str, Any], expected
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"width": 30, "num_heads": 4}, "model.qformer.num_heads: 4 does not divide the width 30"),
+        (
+            {"width": 30, "num_heads": 4},
+            "model.qformer.num_heads: 4 does not divide the width 30; set num_heads or width",
+        ),
         ({"depth": 0}, "model.qformer.depth: 0 is below 1"),
         ({"norm_eps": 0.0}, "model.qformer.norm_eps: 0.0 is not above 0"),
     ],
