@@ -87,7 +87,7 @@ RUN = {
 
 def write_recipe(path: Path, data_root: Path, data: str, **sections: dict[str, Any]) -> Path:
     """The tiny recipe on JSON or on shard data; `sections` change single keys of `model` or `run`."""
-    recipe = copy.deepcopy(
+    recipe: dict[str, Any] = copy.deepcopy(
         {"model": MODEL, "datasets": DATASETS[data], "run": {**RUN, "data_root": str(data_root)}}
     )
     for section, values in sections.items():

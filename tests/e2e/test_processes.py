@@ -53,7 +53,7 @@ class Trainings:
     def recipe(self, data: str, world: int, split: int) -> Path:
         """For a global batch of `BATCH[data]` rows, over `world` ranks and `split` micro-batches."""
         path = self.folder / f"{data}-{world}-{split}.yaml"
-        run = {
+        run: dict[str, Any] = {
             "max_iters": STEPS,
             "batch_size_train": BATCH[data] // world // split,
             "accum_grad_iters": split,

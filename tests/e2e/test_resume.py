@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from blip.weights import read_weights
+from blip.weights import read_weights, save_safetensors
 from tests.e2e.runs import (
     Commands,
     Ended,
@@ -104,6 +104,13 @@ class Workshop:
 @pytest.fixture(scope="module")
 def workshop(commands: Commands, tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> Workshop:
     return Workshop(commands, tmp_path_factory.mktemp("workshop"), data_root)
+
+
+@pytest.fixture(scope="module")
+def done(workshop: Workshop) -> Path:
+    """The folder of a complete run of the first case; copy it."""
+    workshop.straight(CASES[0])
+    return workshop.folder / str(CASES[0])
 
 
 # Killed
@@ -205,6 +212,52 @@ def test_no_loader_process_outlives_a_killed_trainer(workshop: Workshop, tmp_pat
     assert left_alive(groups) == []
 
 
+def test_what_was_skipped_is_counted_and_listed_once_over_restarts(
+    workshop: Workshop, tmp_path: Path, data_root: Path
+) -> None:
+    """Cut pictures and non-finite steps, in a run that is killed three times."""
+    root = tmp_path / "harmed"
+    shutil.copytree(data_root, root)
+    for number in (3, 20, 41):
+        path = root / f"scenes/images/train/{number:06d}.png"
+        path.write_bytes(path.read_bytes()[:300])
+    case = CASES[1]
+    more = [f"run.data_root={root}", "run.max_bad_ratio=0.5"]
+    poisoned: list[Any] = ["poison", 3, 4]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert workshop.start(case, straight, *more, traps=[poisoned]).code == 0
+    for step in (4, 5, 3):  # of those that are taken
+        some = trap("torch.optim.AdamW.step", step, "before")
+        ended = workshop.start(case, killed, *more, traps=[poisoned, some])
+        assert ended.codes == [-signal.SIGKILL], ended.output
+    assert workshop.start(case, killed, *more, traps=[poisoned]).code == 0
+    assert differences(contents(killed), contents(straight)) == []
+    assert [line.get("skipped") for line in train_lines(killed)][3:6] == [1, 2, 2]
+    for name in ("skipped.jsonl", "events.jsonl"):
+        assert (killed / name).read_text().splitlines() == (straight / name).read_text().splitlines()
+
+
+def test_a_run_with_a_tower_from_a_file_is_resumed_beside_that_tower_only(
+    workshop: Workshop, tmp_path: Path, done: Path
+) -> None:
+    towers = [tmp_path / "tower.safetensors", tmp_path / "other.safetensors"]
+    weights = read_weights(done / "model" / "model.safetensors")
+    save_safetensors(weights, towers[0])
+    changed = next(name for name in weights if name.startswith("vision."))
+    save_safetensors({**weights, changed: weights[changed] + 1}, towers[1])
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    ours, other = ([f"model.vit_init_from={tower}", "model.vit_train_steps=0"] for tower in towers)
+    case = CASES[0]
+    assert workshop.start(case, straight, *ours).code == 0
+    for moment in (trap("torch.optim.AdamW.step", 7, "after"), trap("os.rename", 2, "before")):
+        assert workshop.start(case, killed, *ours, traps=[moment]).codes == [-signal.SIGKILL]
+    assert "another frozen 'vision'" in workshop.start(case, killed, *other).refusal()
+    assert workshop.start(case, killed, *ours).code == 0
+    assert differences(contents(killed), contents(straight)) == []
+    saved = read_weights(killed / "checkpoints" / "last" / "model.safetensors")
+    assert not [name for name in saved if name.startswith("vision.")]
+
+
 # Asked to stop
 
 
@@ -261,13 +314,6 @@ def test_a_signal_from_outside_stops_the_command(workshop: Workshop, tmp_path: P
 
 
 # What is resumed, and what is refused
-
-
-@pytest.fixture(scope="module")
-def done(workshop: Workshop) -> Path:
-    """The folder of a complete run of the first case; copy it."""
-    workshop.straight(CASES[0])
-    return workshop.folder / str(CASES[0])
 
 
 @pytest.fixture
