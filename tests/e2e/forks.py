@@ -183,13 +183,16 @@ def dump_weights(folder: str) -> None:
 
 
 def wrap(target: str, hit: Callable[..., Any]) -> None:
-    """Replace `target`, a dotted name, by `hit(original, ...)`."""
+    """Replace `target`, a dotted name, by `hit(original, ...)` in this process."""
     place, name = target.rsplit(".", 1)
     owner = _find(place)
     original = getattr(owner, name)
+    command = os.getpid()
 
     @functools.wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if os.getpid() != command:  # a loader process, which has inherited the trap
+            return original(*args, **kwargs)
         return hit(original, *args, **kwargs)
 
     setattr(owner, name, wrapped)
