@@ -13,8 +13,10 @@ import torch
 
 from blip import dist, keyed
 from blip.config.schema import Config
-from blip.data.datasets import EvalPairs, SkipLog
+from blip.data.datasets import EvalPairs
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
+from blip.data.shards import ShardDataset
+from blip.data.skips import SkipLog
 from blip.data.sources import available_splits, build_dataset, require_files
 from blip.engine.checkpoint import Checkpoints, load_model, read_part, read_state
 from blip.engine.dry_run import dry_run
@@ -164,7 +166,10 @@ def build_loader(config: Config, model: Any, device: torch.device, skips: SkipLo
     for split in run.train_splits:
         for name in _datasets_with(config, split):
             key = name if len(run.train_splits) == 1 else f"{name}-{split}"
-            datasets[key] = on_all(partial(_dataset, config, name, split, train=True))
+            data = datasets[key] = on_all(partial(_dataset, config, name, split, train=True))
+            if skips is not None and isinstance(data, ShardDataset):
+                damaged = data.damaged()
+                skips.judge_all(name, damaged, len(damaged), len(data.paths), "shards")
             ratios[key] = config.datasets[name].sample_ratio
     settings = LoaderConfig(
         batch_size=run.batch_size_train,
@@ -177,7 +182,10 @@ def build_loader(config: Config, model: Any, device: torch.device, skips: SkipLo
         pin_memory=device.type == "cuda",
     )
     tokenize = partial(model.word_pieces, max_length=model.config.max_txt_len)
-    return TrainLoader(datasets, settings, ratios, tokenize, skips)
+    loader = TrainLoader(datasets, settings, ratios, tokenize, skips)
+    if skips is not None:
+        skips.epoch_rows = loader.rows_per_epoch
+    return loader
 
 
 def build_evaluation(
@@ -189,8 +197,8 @@ def build_evaluation(
         section = replace(section, max_samples=min(section.max_samples or limit, limit))
     data = _dataset(replace(config, datasets={name: section}), name, split, train=False)
     assert isinstance(data, EvalPairs)
-    if skips is not None and dist.is_main():
-        skips.update([(name, record) for record in data.bad], good=len(data))
+    if skips is not None:
+        skips.judge_all(name, data.bad, data.lost, data.lost + len(data.text), f"texts of split {split}")
     return EvalLoader(data, config.run.batch_size_eval, config.run.num_workers)
 
 

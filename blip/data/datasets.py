@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -17,7 +16,7 @@ from blip import dist, keyed
 from blip.data.samples import BadRecord, Sample, SampleMaker, read_image
 from blip.errors import DataError
 
-__all__ = ["BadRecord", "EvalPairs", "PairDataset", "Records", "Sample", "SampleMaker", "SkipLog"]
+__all__ = ["BadRecord", "EvalPairs", "PairDataset", "Records", "Sample", "SampleMaker"]
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +116,10 @@ class PairDataset:
                 bad.append(error)
             rng = keyed.generator(seed, "substitute", self.name, epoch, index, attempt)
             probe = int(rng.integers(len(self)))
-        causes = ", ".join(f"{n} {cause}" for cause, n in Counter(e.cause for e in bad).most_common())
+        wrong = f"datasets.{self.name}.images" if bad[-1].cause == "missing_image" else "its path and columns"
         raise DataError(
-            f"datasets.{self.name}: {len(bad)} records in a row cannot be read ({causes}; the last is"
-            f" {bad[-1]}); see 'blip data check', and whether datasets.{self.name}.images is right"
+            f"datasets.{self.name}: {len(bad)} records in a row cannot be read ({_causes(bad)}; the last is"
+            f" {bad[-1]}); check {wrong}; 'blip data check' shows every such record"
         )
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -154,6 +153,8 @@ class EvalPairs:
         self.records = records
         self.maker = maker
         self.bad: list[BadRecord] = []
+        self.lost = 0
+        """Texts that are left out, for themselves or for their picture."""
         texts: dict[int, list[str]] = {}
         first: dict[int, int] = {}
         for number in range(len(records)):
@@ -161,6 +162,7 @@ class EvalPairs:
             first.setdefault(picture, number)
             texts.setdefault(picture, []).extend(self._texts(number))
         self._first = [first[picture] for picture in texts if texts[picture]]
+        self.lost = len(self.bad)
         self._index([found for found in texts.values() if found])
 
     def _texts(self, number: int) -> list[str]:
@@ -238,6 +240,7 @@ class EvalPairs:
         found = {i: error for part in dist.gather_objects(own) for i, error in part}
         if found:
             self.bad += found.values()
+            self.lost += sum(len(self.img2txt[i]) for i in found)
             kept = [i for i in range(len(self)) if i not in found]
             texts = [[self.text[t] for t in self.img2txt[i]] for i in kept]
             self._first = [self._first[i] for i in kept]
@@ -270,87 +273,3 @@ def _source(records: Records, number: int, record: dict[str, Any], name: str) ->
 
 def _causes(bad: Iterable[BadRecord]) -> str:
     return ", ".join(f"{n} {cause}" for cause, n in Counter(error.cause for error in bad).most_common())
-
-
-class SkipLog:
-    """Counts what was skipped, lists it in the run folder, and stops a run that skips too much.
-
-    Args:
-        folder: run folder; each distinct record is listed once in `skipped.jsonl` there (`skipped-N.jsonl` by
-            rank N > 0), also over several runs in it. None lists nothing.
-        max_bad_ratio: share of reads that may fail.
-        min_reads: reads before the share is judged.
-    """
-
-    def __init__(self, folder: Path | None = None, max_bad_ratio: float = 0.05, min_reads: int = 200) -> None:
-        rank = dist.rank()
-        self.path = folder / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl") if folder else None
-        self.max_bad_ratio = max_bad_ratio
-        self.min_reads = min_reads
-        self.good = 0
-        self.counts: dict[str, Counter[str]] = {}
-        self._listed: set[tuple[str, str, str]] = set()
-        if self.path and self.path.is_file():
-            lines = self.path.read_text().splitlines()
-            self._listed = {_listing(line) for line in lines if line.endswith("}")}  # the last may be half
-
-    @property
-    def total(self) -> int:
-        """Bad records so far."""
-        return sum(counts.total() for counts in self.counts.values())
-
-    def update(self, bad: Sequence[tuple[str, Any]], good: int = 0) -> None:
-        """Count good samples, and count and list bad records.
-
-        Args:
-            bad: (dataset, BadRecord) of each.
-            good: number of samples that could be read.
-
-        Raises:
-            DataError: too large a share could not.
-        """
-        self.good += good
-        lines = []
-        for dataset, error in bad:
-            self.counts.setdefault(dataset, Counter())[error.cause] += 1
-            if (dataset, error.name, error.cause) not in self._listed:
-                self._listed.add((dataset, error.name, error.cause))
-                detail = getattr(error, "detail", "")
-                lines.append(
-                    {"dataset": dataset, "record": error.name, "cause": error.cause, "detail": detail}
-                )
-        if lines and self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a+b") as file:
-                if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
-                    file.write(b"\n")  # a killed run may have left half a line
-                file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
-        reads = self.total + self.good
-        if bad and reads >= self.min_reads and self.total > self.max_bad_ratio * reads:
-            listed = f"; they are listed in {self.path}" if self.path else ""
-            raise DataError(
-                f"{self.total} of {reads} records cannot be read ({self.summary()}), more than"
-                f" run.max_bad_ratio={self.max_bad_ratio:g} allows{listed}; mend the data, or raise the ratio"
-            )
-
-    def summary(self) -> str:
-        """What was skipped, per dataset and cause; empty when nothing was."""
-        parts = []
-        for dataset, counts in self.counts.items():
-            causes = ", ".join(f"{n} {cause}" for cause, n in counts.most_common())
-            parts.append(f"{dataset}: {causes}")
-        return "; ".join(parts)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts, as plain values."""
-        return {"good": self.good, "bad": {name: dict(counts) for name, counts in self.counts.items()}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from `state`."""
-        self.good = state["good"]
-        self.counts = {name: Counter(counts) for name, counts in state["bad"].items()}
-
-
-def _listing(line: str) -> tuple[str, str, str]:
-    entry = json.loads(line)
-    return entry["dataset"], entry["record"], entry["cause"]

@@ -28,10 +28,10 @@ Source = MapSource | ShardSource
 
 
 class Skips(Protocol):
-    """Where good and bad records are counted, as `blip.data.datasets.SkipLog` does it."""
+    """Where good and bad records are counted, as `blip.data.skips.SkipLog` does it."""
 
-    def update(self, bad: Sequence[tuple[str, BadRecord]], good: int) -> None:
-        """Told (dataset, record) of what was skipped and the number of good samples; raises at too many."""
+    def update(self, bad: Sequence[tuple[str, BadRecord]], good: int, epoch: int) -> None:
+        """Told (dataset, record) of what was skipped and the number of good samples, both of an epoch."""
         ...
 
 
@@ -138,6 +138,11 @@ class TrainLoader:
         return self.plan.steps_per_epoch
 
     @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all micro-batches of an epoch, on all ranks."""
+        return min(self.plan.epoch_samples, self.plan.batches_per_epoch * self.plan.global_batch)
+
+    @property
     def num_samples(self) -> int:
         """Samples of all sources together."""
         return self.plan.epoch_samples
@@ -164,7 +169,8 @@ class TrainLoader:
             "position": self.state_dict(),
         }
         if self._skips is not None:
-            self._skips.update([record for chunk in chunks for record in chunk.bad], good=end - start)
+            bad = [record for chunk in chunks for record in chunk.bad]
+            self._skips.update(bad, good=end - start, epoch=draw.epoch)
         self.wait_s += time.perf_counter() - began
         return batch  # type: ignore[return-value]
 
@@ -257,6 +263,11 @@ def _sources(
         if weights is not None and name not in weights:
             continue
         if isinstance(dataset, ShardDataset):
+            if len(dataset) < global_batch:
+                raise ConfigError(
+                    f"run.batch_size_train: {name} has {len(dataset)} samples, fewer than a batch of it"
+                    f" ({global_batch} rows on all ranks); lower run.batch_size_train or leave {name} out"
+                )
             sources.append(ShardSource(number, dataset, global_batch, world))
         elif weights is not None:
             sources.append(MapSource({number: dataset}))

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ import numpy as np
 from blip import dist, keyed
 from blip.data.mixing import Draw, Read, Share
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.tars import IMAGES, Ref, payload, scan
+from blip.data.tars import IMAGES, Ref, damage, payload, scan
 from blip.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,15 @@ class ShardDataset:
     def scan(self, shard: int) -> Iterator[Ref | BadRecord]:
         """The samples of a shard in stored order; a BadRecord where it cannot be read (any further)."""
         return scan(self.paths[shard], shard, self.labels[shard])
+
+    def damaged(self) -> list[BadRecord]:
+        """The shards that are cut off or no tar files at all, in order; called on every rank, each looks at
+        its part of them."""
+        start, end = dist.slices(len(self.paths))[dist.rank()]
+        with ThreadPoolExecutor(16) as pool:  # waits for the disk
+            found = pool.map(damage, self.paths[start:end], self.labels[start:end])
+            own = [error for error in found if error is not None]
+        return [error for part in dist.gather_objects(own) for error in part]
 
     def sample(self, ref: Ref, file: IO[bytes], epoch: int, seed: int) -> dict[str, Any]:
         """The sample at `ref`, read from its opened shard; `epoch` and `seed` key its augmentation.

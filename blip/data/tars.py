@@ -7,6 +7,7 @@ is extracted, unpickled or executed, and members of unknown kind are ignored.
 from __future__ import annotations
 
 import glob
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -103,6 +104,28 @@ def scan(path: Path, shard: int, label: str) -> Iterator[Ref | BadRecord]:
             yield from _groups(tar, path.stat().st_size, shard, label)
     except _TAR_ERRORS:
         yield BadRecord("unreadable_shard", label)
+
+
+def damage(path: Path, label: str) -> BadRecord | None:
+    """What a look at the two ends of a shard tells: that it is no tar, or that its end is missing.
+
+    Args:
+        path: the shard.
+        label: its name, for the bad record.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(tarfile.BLOCKSIZE)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - tarfile.BLOCKSIZE))
+            tail = file.read()
+        if any(head):
+            tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+    except _TAR_ERRORS as error:
+        return BadRecord("unreadable_shard", label, f"{path}: {error}")
+    if tail != bytes(tarfile.BLOCKSIZE):
+        return BadRecord("truncated_shard", label, f"{path}: it ends after {size} bytes, within a record")
+    return None
 
 
 def _groups(tar: tarfile.TarFile, size: int, shard: int, label: str) -> Iterator[Ref | BadRecord]:

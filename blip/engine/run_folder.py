@@ -33,7 +33,7 @@ REPORT_FILE = "report.html"
 PREDICTIONS_FOLDER = "predictions"
 TENSORBOARD_FOLDER = "tensorboard"
 SKIPPED_FILES = "skipped*.jsonl"
-"""Bad records, listed by `blip.data.datasets.SkipLog`."""
+"""Bad records, listed by `blip.data.skips.SkipLog`."""
 
 _FILES = (CONFIG_FILE, ENV_FILE, METRICS_FILE, EVENTS_FILE, REPORT_FILE, SKIPPED_FILES)
 _FOLDERS = (CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTIONS_FOLDER, TENSORBOARD_FOLDER)

@@ -41,7 +41,7 @@ class Runner:
         loader: training micro-batches; None to evaluate only.
         evaluations: split -> datasets to evaluate on.
         tracker: the run folder.
-        skips: counts of bad records.
+        skips: counts of bad records, as `blip.data.skips.SkipLog` keeps them.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Runner:
         loader: Any | None,
         evaluations: dict[str, list[Any]],
         tracker: Tracker,
-        skips: Stateful | None = None,
+        skips: Any | None = None,
     ) -> None:
         self.config: Any = config.run
         self.model = model
@@ -69,7 +69,7 @@ class Runner:
             self._prepare(loader, skips)
         self.trains = loader is not None
 
-    def _prepare(self, loader: Any, skips: Stateful | None) -> None:
+    def _prepare(self, loader: Any, skips: Any | None) -> None:
         """Optimizer, schedule and average; then the state of the checkpoint to continue from, if any."""
         self.loader = loader
         self.skips = skips
@@ -147,6 +147,7 @@ class Runner:
                 self.window.time(rows, time.perf_counter() - started, waited)
                 self._log_step()
                 self._settle()
+                self._judge_data()
         finally:
             self.loader.close()
 
@@ -269,6 +270,12 @@ class Runner:
             line["skipped"] = progress.skipped
         self.tracker.metrics(line | self.window.rates())
         self.window.clear()
+
+    def _judge_data(self) -> None:
+        """Stop where too much of the data cannot be read: where figures are logged, and at the end."""
+        due = self.progress.step % self.config.log_freq == 0 or self.progress.step >= self.total_steps
+        if due and self.skips is not None:
+            self.skips.judge()
 
     # Between steps: evaluate, save, stop
 

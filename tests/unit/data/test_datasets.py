@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip.data.datasets import MAX_SUBSTITUTES, EvalPairs, PairDataset, SkipLog
+from blip.data.datasets import MAX_SUBSTITUTES, EvalPairs, PairDataset
 from blip.data.records import PackedRecords
 from blip.data.samples import MALFORMED, BadRecord, SampleMaker
 from blip.errors import DataError
@@ -179,61 +178,3 @@ def test_unreadable_pictures_are_left_out_of_an_evaluation(
 def test_an_evaluation_of_nothing_is_an_error(folder: Path, records: list[tuple[str, str]]) -> None:
     with pytest.raises(DataError, match=r"nothing to evaluate on, all .* records are unusable"):
         EvalPairs("val", packed(folder, *records), EVAL).verify()
-
-
-def test_skips_are_counted_and_listed_once(tmp_path: Path) -> None:
-    log = SkipLog(tmp_path / "run", max_bad_ratio=0.5, min_reads=10)
-    log.update([], good=3)
-    bad = [("coco", BadRecord("missing_image", f"coco/{i % 2}", "x.jpg")) for i in range(3)]
-    log.update([*bad, ("vg", BadRecord("no_caption", "vg/1"))], good=5)
-    assert (log.total, log.good) == (4, 8)
-    assert log.summary() == "coco: 3 missing_image; vg: 1 no_caption"
-    lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
-    assert [(line["dataset"], line["record"], line["cause"]) for line in lines] == [
-        ("coco", "coco/0", "missing_image"),
-        ("coco", "coco/1", "missing_image"),
-        ("vg", "vg/1", "no_caption"),
-    ]
-    assert lines[0]["detail"] == "x.jpg"
-
-
-def test_a_resumed_run_counts_on_and_lists_nothing_twice(tmp_path: Path) -> None:
-    first = SkipLog(tmp_path)
-    first.update([("coco", BadRecord("missing_image", "coco/0"))], good=9)
-    state = json.loads(json.dumps(first.state_dict()))
-    with first.path.open("a") as file:  # type: ignore[union-attr]
-        file.write('{"dataset": "co')  # killed while writing
-    second = SkipLog(tmp_path)
-    second.load_state_dict(state)
-    second.update([("coco", BadRecord("missing_image", f"coco/{i}")) for i in (0, 1)], good=1)
-    assert second.state_dict() == {"good": 10, "bad": {"coco": {"missing_image": 3}}}
-    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["record"] for line in (lines[0], lines[2])] == ["coco/0", "coco/1"]
-    assert len(lines) == 3
-
-
-def test_too_many_skips_stop_the_run(tmp_path: Path) -> None:
-    log = SkipLog(tmp_path, max_bad_ratio=0.25, min_reads=20)
-    one = [("coco", BadRecord("missing_image", "coco/0"))]
-    for _ in range(5):
-        log.update(one, good=1)  # far above the share, but too few to judge
-    log.update(one, good=13)
-    log.update([("coco", BadRecord("no_caption", "coco/1"))] * 1, good=6)  # 7 of 31
-    with pytest.raises(
-        DataError, match=r"9 of 33 records cannot be read \(coco: 8 missing_image, 1 no_caption\), .*=0.25"
-    ):
-        log.update(one * 2)
-    with pytest.raises(DataError, match=r"they are listed in .*skipped\.jsonl; mend the data"):
-        log.update(one)
-
-
-def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    SkipLog().update([("coco", BadRecord("missing_image", "coco/0"))], good=1)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_ranks_list_in_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blip.dist.rank", lambda: 3)
-    SkipLog(tmp_path).update([("coco", BadRecord("missing_image", "coco/0"))], good=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["skipped-3.jsonl"]

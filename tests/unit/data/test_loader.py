@@ -23,10 +23,10 @@ from torch import Tensor
 
 from blip import keyed
 from blip.data.collate import collate, merge
-from blip.data.datasets import SkipLog
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
+from blip.data.skips import SkipLog
 from blip.errors import CheckpointError, ConfigError, DataError
 
 Loaders = Callable[..., TrainLoader]
