@@ -25,7 +25,7 @@ from blip.engine.recompute import apply_recompute
 from blip.engine.runner import Runner
 from blip.engine.together import on_all
 from blip.engine.tracker import Tracker
-from blip.errors import ConfigError
+from blip.errors import CheckpointError, ConfigError
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
 from blip.weights import load_into
@@ -106,9 +106,7 @@ def build_model(config: Config, device: torch.device) -> Any:
     """
     keyed.seed_torch(config.run.seed, "init")
     model: Any = MODELS.get(config.model.arch)(config.model)
-    source, root = start_of(config), config.run.data_root
-    load = partial(load_any, model, source) if source else model.load_parts
-    for line in on_all(lambda: load(root)):
+    for line in on_all(lambda: _load_start(model, config)):
         log.info("%s", line)
     for section in config.datasets.values():
         if section.vis_processor and section.text_processor:
@@ -129,6 +127,18 @@ def start_of(config: Config) -> str | None:
     if model.load_finetuned and model.finetuned:
         return model.finetuned
     return model.pretrained if model.load_pretrained and model.pretrained else None
+
+
+def _load_start(model: Any, config: Config) -> list[str]:
+    source, root = start_of(config), config.run.data_root
+    if source is None:
+        return model.load_parts(root)
+    try:
+        return load_any(model, source, root)
+    except CheckpointError as error:
+        keys = ("init_from", "finetuned", "pretrained")
+        key = next(key for key in keys if getattr(config.model, key) == source)
+        raise CheckpointError(f"model.{key}: {error}") from error
 
 
 def load_evaluated(config: Config, model: Any, checkpoints: Checkpoints) -> int:

@@ -300,7 +300,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         TypeError,
         RecursionError,
     ) as error:
-        raise CheckpointError(f"'{path}' is damaged or no safetensors file: {_brief(error)}") from error
+        raise CheckpointError(
+            f"'{path}' is damaged or no safetensors file: {_brief(error)}; use another"
+        ) from error
     return tensors
 
 
@@ -316,7 +318,9 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
                 f"'{path}' holds Python objects ({found[1]}) beside tensors, which could run code when read;"
                 " where you trust the file, save its state dict alone"
             ) from error
-        raise CheckpointError(f"'{path}' is damaged or no weight file: {_brief(error)}") from error
+        # What torch says of `weights_only` advises what is never done here.
+        reason = "" if "weights_only" in text else f": {_brief(error)}"
+        raise CheckpointError(f"'{path}' is damaged or no weight file{reason}; use another") from error
     tensors = _named_tensors(content)
     if not tensors:
         kind = type(content).__name__

@@ -165,5 +165,9 @@ def remedy(names: Iterable[str]) -> str:
     rows = {name: CATALOG[name] for name in dict.fromkeys(names) if name in CATALOG}
     steps = ["run 'blip data make scenes'"] if any(row.embedded for row in rows.values()) else []
     if real := [name for name, row in rows.items() if not row.embedded]:
-        steps.append(f"run 'blip data prepare {' '.join(real)}', or use --cfg tiny/pretrain_stage1.yaml")
+        steps.append(
+            f"run 'blip data prepare {' '.join(real)}', which says what to bring where, or set run.data_root"
+            f" (or {ROOT_VARIABLE}) to where it is; --cfg tiny/pretrain_stage1.yaml runs now, on what"
+            " 'blip data make scenes' makes"
+        )
     return " and ".join(steps)

@@ -89,7 +89,11 @@ def read_json(path: Path) -> Iterator[Record]:
                 yield item if isinstance(item, dict) else {MALFORMED: f"{_kind(item)}, not an object"}
             return
         if stream.peek() != "{":
-            raise DataError(f"{path}: neither a JSON list nor an object; it starts with {stream.peek()!r}")
+            start = f"it starts with {stream.peek()!r}" if stream.peek() else "the file is empty"
+            raise DataError(
+                f"{path}: neither a JSON list nor an object; {start}; give a list of records, each with an"
+                " image and a caption"
+            )
         content = stream.value()
     yield from _records_of(content, path)
 

@@ -208,7 +208,7 @@ def read_records(
     packed = PackedRecords(itertools.islice(stream, limit), places, starts, [str(path) for path in paths])
     if not len(packed):
         files = ", ".join(map(str, paths))
-        raise DataError(f"datasets.{name}.path: {files} holds no records; see 'blip data check {name}'")
+        raise DataError(f"datasets.{name}.path: {files} holds no records; give a file that has some")
     return packed
 
 
@@ -296,7 +296,7 @@ def _read_hf(
     except Exception as error:
         raise DataError(f"datasets.{name}.path: {path} cannot be read ({error})") from error
     if not len(dataset):
-        raise DataError(f"datasets.{name}.path: {path} holds no records; see 'blip data check {name}'")
+        raise DataError(f"datasets.{name}.path: {path} holds no records; give a file that has some")
     if limit is not None and limit < len(dataset):
         dataset = dataset.select(range(limit))
     for column, feature in dataset.features.items():

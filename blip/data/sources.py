@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,13 +46,12 @@ class MissingData(DataError):
     Args:
         problem: which ones.
         names: of the datasets; the catalogue knows how to get some.
-        advice: what to do about any other.
+        advice: what to do about others.
     """
 
     def __init__(self, problem: str, names: Iterable[str], advice: str = "") -> None:
-        self.problem, self.names = problem, list(names)
-        what = catalog.remedy(self.names) or advice
-        super().__init__(f"{problem}; {what}" if what else problem)
+        self.problem, self.names, self.advice = problem, list(names), advice
+        super().__init__("; ".join(text for text in (problem, catalog.remedy(self.names), advice) if text))
 
 
 def build_dataset(
@@ -122,8 +122,9 @@ def check_pictures(name: str, records: PackedRecords | HfRecords, named: Iterabl
     problem = (
         f"datasets.{name}.images: none of the first {len(places)} pictures is there, not even {places[0]!r}"
     )
+    named = list(named)
     advice = f"set datasets.{name}.images to the folder that holds {records[0]['image']!r}"
-    raise MissingData(problem, named, advice)
+    raise MissingData(problem, named, "" if named else advice)
 
 
 def available_splits(name: str, config: DatasetConfig, data_root: str | Path | None = None) -> list[str]:
@@ -151,7 +152,8 @@ def require_files(
             missing.append(error)
     if missing:
         problems = "; ".join(dict.fromkeys(error.problem for error in missing))
-        raise MissingData(problems, [name for error in missing for name in error.names])
+        advice = "; ".join(dict.fromkeys(error.advice for error in missing if error.advice))
+        raise MissingData(problems, [name for error in missing for name in error.names], advice)
 
 
 def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path | None = None) -> Source:
@@ -176,9 +178,16 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
     if layout == "shards" or any(text.endswith(".tar") for text in texts):
         return Source(_shards(name, texts, root, named), "shards", [], columns, named)
     paths = [_existing(name, text, root, named) for text in texts]
-    if layout == "auto" and all(detect(path) == "shards" for path in paths):
+    if layout == "auto" and all(_detected(name, path) == "shards" for path in paths):
         return Source(_shards(name, texts, root, named), "shards", [], columns, named)
     return Source(paths, layout, _roots(name, config, split, paths, root), columns, named)
+
+
+def _detected(name: str, path: Path) -> str:
+    try:
+        return detect(path)
+    except DataError as error:
+        raise DataError(f"datasets.{name}.path: {error}") from error
 
 
 def _splits(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
@@ -254,8 +263,10 @@ def _roots(name: str, config: DatasetConfig, split: str, paths: list[Path], root
     places = [_place(text, root) for text in _listed(images)]
     for text, place in zip(_listed(images), places, strict=True):
         if not place.is_dir():
-            problem = f"datasets.{name}.images: no folder {text!r} under {str(root)!r}"
-            raise MissingData(problem, [name] if config.images is None else [])
+            problem = f"datasets.{name}.images: no folder {text!r}{_under(text, root)}"
+            advice = "give the folder that the records' image paths start from"
+            named = [name] if config.images is None else []
+            raise MissingData(problem, named, "" if named else advice)
     if len(places) not in (1, len(paths)):
         raise ConfigError(
             f"datasets.{name}.images: {len(places)} folders for {len(paths)} annotation files; give one, or"
@@ -268,9 +279,11 @@ def _existing(name: str, text: str, root: Path, named: list[str]) -> Path:
     place = _place(text, root)
     if not place.exists():
         beside = sorted(p.name for p in place.parent.iterdir()) if place.parent.is_dir() else []
-        where = "" if Path(text).is_absolute() else f" under {str(root)!r}"
-        advice = f"correct the path, or put the file there{hint(place.name, beside)}"
-        raise MissingData(f"datasets.{name}.path: no file {text!r}{where}", named, advice)
+        problem = f"datasets.{name}.path: no file {text!r}{_under(text, root)}"
+        advice = (
+            f"correct datasets.{name}.path or run.data_root, or put the file there{hint(place.name, beside)}"
+        )
+        raise MissingData(problem, named, "" if named else advice)
     return place
 
 
@@ -278,7 +291,7 @@ def _shards(name: str, texts: list[str], root: Path, named: list[str]) -> list[P
     paths = []
     for text in texts:
         try:
-            paths += find_shards(Path(text).expanduser(), root)
+            paths += find_shards(os.path.expanduser(text), root)
         except DataError as error:
             try:
                 paths += find_shards(text)
@@ -293,6 +306,10 @@ def _place(text: str, root: Path) -> Path:
     """Below the data root; or, if it only exists there, below the working directory."""
     path = Path(text).expanduser()
     return path if not (root / path).exists() and path.exists() else root / path
+
+
+def _under(text: str, root: Path) -> str:
+    return "" if Path(text).is_absolute() else f" under {str(root)!r}"
 
 
 def _foreign(texts: list[str]) -> bool:

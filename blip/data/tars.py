@@ -79,6 +79,11 @@ def find_shards(pattern: str | Path, root: str | Path | None = None) -> list[Pat
             paths += sorted(Path(match) for match in glob.glob(str(path)) if match.endswith(".tar"))
         else:
             missing.append(str(path))
+    if missing and not paths:
+        raise DataError(
+            f"shards {text!r}: none of {len(missing)} files is there, the first would be {missing[0]!r};"
+            " correct the path, or put them there"
+        )
     if missing:
         raise DataError(
             f"shards {text!r}: {len(missing)} of {len(missing) + len(paths)} files are missing, the first is"

@@ -232,7 +232,7 @@ BROKEN = {
         "an object with model, epochs; expected a list of records",
     ),
     "boxes.json": ('{"images": [{"id": 1}], "annotations": [{"bbox": 1}]}', "no COCO captions .*image_id"),
-    "none.json": ("[]", "holds no records; see 'blip data check mine'"),
+    "none.json": ("[]", "holds no records; give a file that has some"),
     "none.csv": ("image,caption\n", "holds no records"),
     "lists.json": ("[[1], [2]]", "no usable record among the first 2; the first: a list, not an object"),
     "bad.jsonl": ("{image: a}\n", "no usable record among the first 1; the first: line 1: not valid JSON"),

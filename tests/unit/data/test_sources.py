@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -29,7 +30,10 @@ from blip.data.sources import (
 from blip.errors import ConfigError, DataError
 
 SMALL = {"train": {"name": "blip2_image_train", "image_size": 16}}
-TINY = r"or use --cfg tiny/pretrain_stage1\.yaml"
+TINY = (
+    r"which says what to bring where, or set run\.data_root \(or BLIP_DATA\) to where it is;"
+    r" --cfg tiny/pretrain_stage1\.yaml runs now, on what 'blip data make scenes' makes"
+)
 
 
 @pytest.fixture
@@ -268,7 +272,7 @@ MISSING: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "mine",
         {"path": "own/{0..3}.tar"},
         "train",
-        r"datasets\.mine\.path: .* 4 of 4 files are missing",
+        r"datasets\.mine\.path: .* none of 4 files is there",
     ),
     "own": (
         "mine",
@@ -283,7 +287,7 @@ MISSING: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "mine",
         {"path": "own/list.json", "images": "pics"},
         "train",
-        r"images: no folder 'pics' under",
+        r"images: no folder 'pics' under .*; give the folder that the records' image paths start from$",
     ),
     "pictures": (
         "mine",
@@ -317,10 +321,10 @@ def test_everything_missing_is_named_at_once(root: Path) -> None:
         True,
         False,
     ]
-    assert text.endswith(
-        "run 'blip data prepare coco_caption vg_caption laion400M', or use --cfg tiny/pretrain_stage1.yaml"
-    )
+    assert re.search(rf"; run 'blip data prepare coco_caption vg_caption laion400M', {TINY}$", text)
     require_files([("mine", section(path="own/list.json"), "train")], root)
+    with pytest.raises(MissingData, match=r"laion400M', which says .*; correct datasets\.mine\.path or"):
+        require_files([*wanted, ("mine", section(path="own/lits.json"), "train")], root)
 
 
 def test_folders_and_files_must_match_in_number(root: Path) -> None:
