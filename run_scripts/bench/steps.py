@@ -141,6 +141,7 @@ class LibraryStep:
 def work(args: argparse.Namespace) -> None:
     """Build, then read step numbers from standard input and answer each with time, losses and peak memory."""
     sizes, device = SIZES[args.size], torch.device(args.device)
+    runtime = peak_gb(device)
     half = torch.bfloat16 if args.precision == "bf16" else None
     step: Any
     if args.role == "naive":
@@ -157,7 +158,7 @@ def work(args: argparse.Namespace) -> None:
         except torch.OutOfMemoryError:
             answer({"out_of_memory": True})
             return
-        answer(result | {"gb": peak_gb(device)})
+        answer(result | {"gb": peak_gb(device), "fixed_gb": runtime + states_gb(step)})
 
 
 def timed_step(
@@ -187,6 +188,12 @@ def peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def states_gb(step: Any) -> float:
+    """Weights and the optimizer's moments, which are the same however a step is computed."""
+    moments = [value for state in step.optimizer.state.values() for value in state.values()]
+    return sum(t.numel() * t.element_size() for t in [*step.model.parameters(), *moments]) / 1e9
 
 
 def answer(content: dict[str, Any]) -> None:
