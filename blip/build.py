@@ -25,7 +25,7 @@ from blip.engine.recompute import apply_recompute
 from blip.engine.runner import Runner
 from blip.engine.together import on_all
 from blip.engine.tracker import Tracker
-from blip.errors import CheckpointError, ConfigError
+from blip.errors import CheckpointError, ConfigError, TrainingError, hint
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
 from blip.weights import load_into
@@ -42,7 +42,8 @@ def execute(config: Config, dry: bool = False) -> None:
         dry: build everything, take one step per objective and one evaluation batch, leave nothing behind.
 
     Raises:
-        BlipError: something that the configuration names is missing, unreadable or does not fit.
+        BlipError: something that the configuration names is missing, unreadable or does not fit; or another
+            process of the run has ended.
         Stopped: a stop signal came; the state is saved.
     """
     device = pick_device(config.run.device)
@@ -56,6 +57,13 @@ def execute(config: Config, dry: bool = False) -> None:
             place = replace(config.run, output_dir=folder, resume=None, tensorboard=False, wandb=None)
             with build_run(replace(config, run=place), limit=config.run.batch_size_eval) as runner:
                 dry_run(runner)
+    except RuntimeError as error:
+        if dist.world_size() > 1 and "by peer" in str(error):
+            raise TrainingError(
+                "another process of this run has ended, and its own message says why; continue with"
+                " run.resume=auto from the last checkpoint"
+            ) from error
+        raise
     finally:
         dist.shutdown()
 
@@ -72,11 +80,12 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
     splits = _used_splits(config)
     wanted = [(name, config.datasets[name], split) for split, names in splits.items() for name in names]
     on_all(lambda: require_files(wanted, config.run.data_root))
+    task = TASKS.get(config.run.task)(config.run)
+    _check_monitor(config, task.scores(), splits)
     parallel = Parallel(config.run)
     tracker = Tracker(config)
     try:
         model = build_model(config, parallel.device)
-        task = TASKS.get(config.run.task)(config.run)
         task.check(model)
         skips = SkipLog(tracker.folder, config.run.max_bad_ratio)
         loader = None if config.run.evaluate else build_loader(config, model, parallel.device, skips)
@@ -221,6 +230,17 @@ def _datasets_with(config: Config, split: str) -> list[str]:
     """The datasets that have a split."""
     root = config.run.data_root
     return [name for name, part in config.datasets.items() if split in available_splits(name, part, root)]
+
+
+def _check_monitor(config: Config, scores: list[str], splits: dict[str, list[str]]) -> None:
+    """Raise ConfigError where the evaluation that is to decide the best checkpoint has no such metric."""
+    monitor, decide = config.run.monitor, config.run.valid_splits[:1]
+    if monitor is None or not scores or not decide or config.run.evaluate:
+        return
+    data = splits[decide[0]]
+    known = [f"{name}/{score}" for name in data for score in scores] if len(data) > 1 else scores
+    if monitor not in known:
+        raise ConfigError(f"run.monitor: the evaluation gives no {monitor!r}{hint(monitor, known)}")
 
 
 def _used_splits(config: Config) -> dict[str, list[str]]:

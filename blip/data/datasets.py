@@ -116,10 +116,10 @@ class PairDataset:
                 bad.append(error)
             rng = keyed.generator(seed, "substitute", self.name, epoch, index, attempt)
             probe = int(rng.integers(len(self)))
-        wrong = f"datasets.{self.name}.images" if bad[-1].cause == "missing_image" else "its path and columns"
+        wrong = {"missing_image": "images", "no_caption": "columns"}.get(bad[-1].cause, "path")
         raise DataError(
             f"datasets.{self.name}: {len(bad)} records in a row cannot be read ({_causes(bad)}; the last is"
-            f" {bad[-1]}); check {wrong}; 'blip data check' shows every such record"
+            f" {bad[-1]}); check datasets.{self.name}.{wrong}; 'blip data check' shows every such record"
         )
 
     def _locate(self, index: int) -> tuple[int, int]:

@@ -62,6 +62,10 @@ class Task:
                 f" model.arch {model.config.arch!r} has not; choose another task or arch"
             )
 
+    def scores(self) -> list[str]:
+        """Names of the metrics that an evaluation gives; empty where only the evaluation can tell."""
+        return []
+
     def train_step(self, model: Any, batch: dict[str, Any]) -> Output:
         """The losses of one micro-batch; `model` may be wrapped for distributed training."""
         return model(batch)

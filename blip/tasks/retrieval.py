@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -76,6 +77,11 @@ class Retrieval(Task):
     run_config_class = RetrievalRun
     needs = ("retrieval_images", "retrieval_texts", "retrieval_scores", "rerank")
     monitor: ClassVar[str] = "r_mean"
+
+    def scores(self) -> list[str]:
+        """Recalls; those of similarity alone have their own names where there are matching scores too."""
+        names = list(recalls_from_ranks(np.zeros(1), np.zeros(1)))
+        return names + [f"itc_{name}" for name in names] if self.config.k_test else names
 
     def evaluate(self, model: Any, data: RetrievalData, context: EvalContext) -> Evaluation:
         with context.autocast():
