@@ -103,11 +103,16 @@ class LMHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_weight, self.bias)
 
 
-def init_bert(module: nn.Module) -> None:
-    """BERT's initial values: normal(0, 0.02) matrices and embeddings, zero biases, unit LayerNorms."""
+def init_bert(module: nn.Module, std: float = INIT_STD) -> None:
+    """BERT's initial values: normal matrices and embeddings, zero biases, unit LayerNorms.
+
+    Args:
+        module: all of its parts are set.
+        std: of the matrices; embeddings have BERT's 0.02.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=INIT_STD)
+            nn.init.normal_(part.weight, std=std if isinstance(part, nn.Linear) else INIT_STD)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
         if isinstance(part, nn.LayerNorm):

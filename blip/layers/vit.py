@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from blip.errors import CheckpointError
 
 Grid = tuple[int, int]
-INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class VitConfig:
     """LayerNorm after the last block, on all tokens."""
     align_corners: bool = False
     """How position embeddings are interpolated to another grid."""
+    init_std: float = 0.02
+    """Standard deviation of initial matrices and of [CLS] and position embeddings."""
     depth_scaled_init: bool = False
     """Divide initial output projections of block k (from 1) by sqrt(2 k), as EVA does."""
 
@@ -384,12 +385,12 @@ class Vit(nn.Module):
     @torch.no_grad()
     def _init_weights(self) -> None:
         # The patch embedding keeps torch's initial values, in BLIP as in EVA.
-        nn.init.trunc_normal_(self.cls_token, std=INIT_STD)
-        nn.init.trunc_normal_(self.pos_embed, std=INIT_STD)
+        nn.init.trunc_normal_(self.cls_token, std=self.config.init_std)
+        nn.init.trunc_normal_(self.pos_embed, std=self.config.init_std)
         for k, block in enumerate(self.blocks, start=1):
             for part in block.modules():
                 if isinstance(part, nn.Linear):
-                    nn.init.trunc_normal_(part.weight, std=INIT_STD)
+                    nn.init.trunc_normal_(part.weight, std=self.config.init_std)
                     if part.bias is not None:
                         nn.init.zeros_(part.bias)
             if self.config.depth_scaled_init:

@@ -111,7 +111,7 @@ class Blip2Qformer(BlipModel):
         self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
         self.itm_head = nn.Linear(config.qformer.width, 2)
         self.temp = nn.Parameter(torch.tensor(config.temp))
-        init_bert(self.lm_head)
+        init_bert(self.lm_head, config.qformer.init_std)
 
     # The training step
 

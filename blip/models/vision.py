@@ -55,6 +55,8 @@ class VisionConfig(Section):
     """Drop path of the last block; grows linearly from 0. Rests while the tower is frozen."""
     norm_eps: float | None = None
     """Epsilon of the LayerNorms; not for timm towers."""
+    init_std: float | None = None
+    """Standard deviation of initial matrices and position embeddings; not for timm towers."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Linear and convolution weights while the tower is frozen; the rest stays fp32."""
     freeze: bool = False
@@ -73,6 +75,8 @@ class VisionConfig(Section):
         found += self._at_least(0, "checkpoint_last") + self._within(0, 0.99, "drop_path_rate")
         if self.norm_eps is not None and self.norm_eps <= 0:
             found.append(f"norm_eps: {self.norm_eps} is not above 0")
+        if self.init_std is not None and self.init_std <= 0:
+            found.append(f"init_std: {self.init_std} is not above 0")
         return found
 
     def size_problems(self) -> list[str]:
@@ -108,6 +112,7 @@ class VisionConfig(Section):
             "heads": self.heads,
             "mlp_dim": self.mlp_dim or width * named.mlp_dim // named.width,
             "norm_eps": self.norm_eps,
+            "init_std": self.init_std,
         }
         given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
         return replace(named, drop_path_rate=self.drop_path_rate, **given)
@@ -378,8 +383,9 @@ def _build_timm(config: VisionConfig) -> Any:
 
     name = config.vit_model.removeprefix(TIMM)
     _check_timm_name(name)
-    if config.norm_eps is not None:
-        raise ConfigError(f"model.vit.norm_eps: cannot be set for {config.vit_model}; leave it out")
+    for key in ("norm_eps", "init_std"):
+        if getattr(config, key) is not None:
+            raise ConfigError(f"model.vit.{key}: cannot be set for {config.vit_model}; leave it out")
     sizes: dict[str, Any] = {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
