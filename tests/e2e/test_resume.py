@@ -428,10 +428,6 @@ def test_an_earlier_checkpoint_can_be_resumed(workshop: Workshop, run_folder: Pa
     assert differences(contents(run_folder), workshop.straight(CASES[0])[0]) == []
 
 
-def test_resuming_nothing_starts_a_run(workshop: Workshop, tmp_path: Path) -> None:
-    workshop.finish(CASES[0], tmp_path / "new")
-
-
 # Which checkpoints there are
 
 
