@@ -223,7 +223,15 @@ def build_evaluation(
 
 def _dataset(config: Config, name: str, split: str, train: bool) -> Any:
     size = getattr(config.model, "image_size", None)
-    return build_dataset(name, config.datasets[name], split, config.run.data_root, train, size)
+    data = build_dataset(name, config.datasets[name], split, config.run.data_root, train, size)
+    given = getattr(data.maker.vis_processor, "image_size", size)
+    if size is not None and given != size:
+        stage = "train" if train else "eval"
+        raise ConfigError(
+            f"datasets.{name}.vis_processor.{stage}.image_size: {given}, where model.image_size is {size};"
+            " set both to the same value"
+        )
+    return data
 
 
 def _datasets_with(config: Config, split: str) -> list[str]:

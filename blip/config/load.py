@@ -413,6 +413,8 @@ def _convert(value: Any, annotation: Any) -> Any:
         if bool not in kinds and Any not in kinds and Literal not in kinds:
             raise ValueError(value)
         return value
+    if bool in kinds and isinstance(value, (int, float)) and value not in (0, 1):
+        raise ValueError(value)
     if list in kinds and str not in kinds and isinstance(value, str):
         return [value]
     numeric = not {str, Any, Literal} & set(kinds)
