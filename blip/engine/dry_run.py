@@ -33,19 +33,37 @@ def dry_run(runner: Runner) -> None:
 
 
 def _steps(runner: Runner, batches: list[dict[str, Any]]) -> Iterator[tuple[str, float, float]]:
-    """One optimizer step for each loss by itself, the sum first."""
+    """One optimizer step for each loss by itself, the sum first.
+
+    Losses that are left out at first, while a part is still trained, come after those.
+    """
     figures = runner.train_step(batches)
     yield "loss", float(figures["loss"]), float(figures["grad_norm"])
     moved = runner.on_device(batches)[0]
-    for name in [key for key in figures if key.startswith("loss_")]:
-        with runner.parallel.autocast():
-            output: Output = runner.task.train_step(runner.model, moved)
-        output[name].backward()
-        runner.parallel.average_grads(runner.model.parameters())
-        norm = runner.parallel.clip_grads(runner.model.parameters(), runner.config.max_grad_norm)
-        runner.optimizer.step()
-        runner.optimizer.zero_grad(set_to_none=True)
-        yield name, float(output[name].detach()), float(norm)
+    done: set[str] = set()
+    for name in _losses(runner, moved):
+        done.add(name)
+        yield _step(runner, moved, name)
+    if runner.model.idle_parameters() and runner.model.on_step(sys.maxsize):
+        for name in _losses(runner, moved):
+            if name not in done:
+                yield _step(runner, moved, name)
+
+
+def _losses(runner: Runner, batch: dict[str, Any]) -> list[str]:
+    with torch.no_grad(), runner.parallel.autocast():
+        return [name for name in runner.task.train_step(runner.model, batch) if name.startswith("loss_")]
+
+
+def _step(runner: Runner, batch: dict[str, Any], name: str) -> tuple[str, float, float]:
+    with runner.parallel.autocast():
+        output: Output = runner.task.train_step(runner.model, batch)
+    output[name].backward()
+    runner.parallel.average_grads(runner.model.parameters())
+    norm = runner.parallel.clip_grads(runner.model.parameters(), runner.config.max_grad_norm)
+    runner.optimizer.step()
+    runner.optimizer.zero_grad(set_to_none=True)
+    return name, float(output[name].detach()), float(norm)
 
 
 def _print_model(model: Any) -> None:
