@@ -26,7 +26,7 @@ def dry_run(runner: Runner) -> None:
             _print(f"{name:<12} {value:.4f}, gradient norm {norm:.4f}")
     for split, datasets in runner.evaluations.items():
         for data in datasets:
-            scores = runner.evaluate_on(data).metrics
+            scores = runner.evaluate_on(data).metrics()
             shown = "  ".join(f"{k} {v:.2f}" for k, v in scores.items())
             _print(f"{split} of {data.name}, first {len(data)}: {shown}")
     _print(f"peak memory  {_peak_memory(runner.parallel.device) / 2**30:.2f} GiB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -52,13 +53,17 @@ class Parallel:
         """
         if dist.world_size() == 1:
             return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.deterministic or model.idle_parameters(),
-        )
+        # The search is meant, and newer versions of torch have another word for `broadcast_buffers`.
+        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.deterministic or model.idle_parameters(),
+            )
 
     def sync_grads(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Average gradients over the ranks with the last micro-batch only."""

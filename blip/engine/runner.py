@@ -355,7 +355,7 @@ class Runner:
             name = f"{split}-{data.name}-step-{step:08d}"
             self.tracker.predictions(name, [prediction for part in parts for prediction in part])
             prefix = f"{data.name}/" if len(datasets) > 1 else ""
-            found |= {prefix + key: value for key, value in evaluation.metrics.items()}
+            found |= {prefix + key: value for key, value in evaluation.metrics().items()}
         if found:
             self.tracker.metrics({"split": split, "step": step, **found})
             shown = "  ".join(f"{k} {v:.2f}" for k, v in found.items())
@@ -363,7 +363,7 @@ class Runner:
         return found
 
     def evaluate_on(self, data: Any) -> Any:
-        """Scores on one dataset, in eval mode and with the averaged weights where there are some."""
+        """What the task finds on one dataset, in eval mode and with averaged weights where there are any."""
         context = EvalContext(self.parallel.device, self.config.batch_size_eval, self.parallel.autocast)
         self.model.eval()
         with self._averaged(), torch.no_grad():

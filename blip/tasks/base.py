@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from blip.batch import Batch, EvalContext, Output
@@ -29,10 +29,12 @@ class EvalData(Protocol):
 
 @dataclass
 class Evaluation:
-    """What one evaluation gives: scores, and what the model said about each sample."""
+    """What one evaluation gives: what the model said about each sample, and how to score it."""
 
-    metrics: dict[str, float]
-    predictions: list[Prediction] = field(default_factory=list)
+    predictions: list[Prediction]
+    """This rank's share."""
+    metrics: Callable[[], dict[str, float]]
+    """Computes the scores, complete on every rank; called on every rank, after predictions are written."""
 
 
 class Task:
@@ -71,10 +73,7 @@ class Task:
         return model(batch)
 
     def evaluate(self, model: Any, data: Any, context: EvalContext) -> Evaluation:
-        """Scores on one split; called on every rank, in eval mode and without gradient.
-
-        The metrics are complete on every rank; predictions are this rank's share.
-        """
+        """What the model says on one split; called on every rank, in eval mode and without gradient."""
         raise ConfigError(
             f"run.task: {type(self).__name__} has no evaluation; leave valid_splits and test_splits empty"
         )

@@ -89,18 +89,22 @@ class Retrieval(Task):
             tokens = _tokenize(model, data.text, self.config.eval_max_txt_len)
             text_feats = self._encode_texts(model, tokens, context)
             sim = model.retrieval_scores(image_feats, text_feats).float()  # (own images, all texts)
-        truth = _truth(data, sim.device)
         everything = torch.ones_like(sim, dtype=torch.bool)
-        metrics = _recalls(sim, everything, everything, truth)
-        scores, to_texts = sim, everything
+        scores, to_texts, to_images = sim, everything, everything
         if self.config.k_test:
-            metrics = {f"itc_{name}": value for name, value in metrics.items()}
             to_texts, to_images = _candidates(sim, self.config.k_test, len(data))
             with context.autocast():
-                itm = self._rerank(model, states, tokens, to_texts | to_images, context)
-            scores = sim + itm
-            metrics |= _recalls(scores, to_texts, to_images, truth)
-        return Evaluation(metrics, _predictions(scores.masked_fill(~to_texts, -torch.inf), data))
+                scores = sim + self._rerank(model, states, tokens, to_texts | to_images, context)
+
+        def metrics() -> dict[str, float]:
+            truth = _truth(data, sim.device)
+            found = _recalls(scores, to_texts, to_images, truth)
+            if not self.config.k_test:
+                return found
+            first = _recalls(sim, everything, everything, truth)
+            return {f"itc_{name}": value for name, value in first.items()} | found
+
+        return Evaluation(_predictions(scores.masked_fill(~to_texts, -torch.inf), data), metrics)
 
     def _encode_images(
         self, model: Any, data: RetrievalData, context: EvalContext
