@@ -39,7 +39,7 @@ class Batch(TypedDict, total=False):
     """int64 (B,): places of the samples in the evaluated dataset (evaluation only)."""
     epoch: int
     step: int
-    """Optimizer step that the loader made this micro-batch for, from 0."""
+    """Optimizer step that this micro-batch is for, from 0: the number of steps done before."""
     micro_batch: int
     """Its number within that step."""
     num_micro_batches: int
@@ -49,7 +49,7 @@ class Batch(TypedDict, total=False):
     position: dict[str, Any]
     """State of the loader behind this micro-batch."""
     iters: int
-    """Number of optimizer steps done before this one."""
+    """Number of optimizer steps done in this epoch before this one."""
     num_iters_per_epoch: int
     seed: int
     loss_rows: float
@@ -76,8 +76,8 @@ class Output(dict[str, Any]):
         self[name] = value
 
     def scalars(self) -> dict[str, Tensor]:
-        """The one-element tensors, detached: what the log shows."""
-        return {k: v.detach() for k, v in self.items() if isinstance(v, Tensor) and v.numel() == 1}
+        """The scalar tensors, detached: what the log shows."""
+        return {k: v.detach() for k, v in self.items() if isinstance(v, Tensor) and v.ndim == 0}
 
 
 @dataclass

@@ -124,7 +124,7 @@ def build_model(config: Config, device: torch.device) -> Any:
                 "text_processor": section.text_processor,
             }
             break
-    apply_recompute(model.vision.blocks(), model.recompute_mode(), model.config.vit.checkpoint_last)
+    apply_recompute(model.vision.blocks(), *model.recompute())
     return model.to(device)
 
 

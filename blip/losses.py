@@ -127,6 +127,21 @@ def smoothed_targets(positive: Tensor, smoothing: float, dtype: torch.dtype = to
     return (1 - smoothing) * share / share.sum(dim=1, keepdim=True) + smoothing / positive.shape[1]
 
 
+def soft_targets(sim_m: Tensor, hard: Tensor, alpha: float) -> Tensor:
+    """Targets of momentum distillation: the twin's opinion mixed with the truth (BLIP, section 3.2).
+
+    Args:
+        sim_m: (B, N), similarities of the momentum features, divided by the temperature.
+        hard: (B, N), rows sum to 1.
+        alpha: share of the twin's opinion.
+
+    Returns:
+        (B, N), rows sum to 1, without gradient.
+    """
+    with torch.no_grad():
+        return alpha * torch.softmax(sim_m, dim=1) + (1 - alpha) * hard
+
+
 def itc_loss(
     image_feats: Tensor,
     text_feats: Tensor,
@@ -161,7 +176,7 @@ def itc_loss(
 
 
 def hard_negatives(
-    sim: Tensor, positive: Tensor, rows: Tensor, sampler: NegativeSampler, stream: str
+    sim: Tensor, positive: Tensor, rows: Tensor, sampler: NegativeSampler, stream: str, floor: float = 0.0
 ) -> Tensor:
     """One negative column per row, drawn with the softmax of the similarities over the negatives.
 
@@ -171,12 +186,17 @@ def hard_negatives(
         rows: int64 (B,), row numbers for the sampler.
         sampler: makes the choice.
         stream: name of the draw.
+        floor: added to the weight of every negative; weights are then a softmax over all columns, as in
+            BLIP's pre-training, which adds 1e-4.
 
     Returns:
         int64 (B,). A row whose columns are all positive gets an arbitrary column; the caller must leave it
         out of the loss.
     """
     with torch.no_grad():
+        if floor:
+            weights = (torch.softmax(sim.detach(), dim=1) + floor).masked_fill(positive, 0.0)
+            return sampler(weights, rows, stream)
         weights = torch.softmax(sim.detach().masked_fill(positive, -torch.inf), dim=1)
         return sampler(torch.nan_to_num(weights, nan=0.0), rows, stream)
 

@@ -218,19 +218,20 @@ class Runner:
         """
         shares = dist.world_size() * (1 if self.config.accum_mode == "cached" else len(micro_batches))
         rows = sum(batch["batch_total"] for batch in micro_batches)
-        targets = [int(batch["text_mask"][:, 1:].sum()) for batch in micro_batches if "text_mask" in batch]
+        targets = [self.model.count_targets(batch) for batch in micro_batches]
         device = self.parallel.device
         tokens = dist.sum_tensor(torch.tensor(float(sum(targets)), device=device))
         batches = []
         for i, batch in enumerate(micro_batches):
             moved = to_device(batch, device)
             moved.update(
-                iters=self.progress.step,
+                step=self.progress.step,
+                iters=self.progress.step % self.loader.steps_per_epoch,
                 num_iters_per_epoch=self.loader.steps_per_epoch,
                 seed=self.config.seed,
                 loss_rows=rows / shares,
                 loss_tokens=tokens / shares,
-                num_targets=targets[i] if targets else None,
+                num_targets=targets[i],
             )
             batches.append(moved)
         return batches

@@ -24,6 +24,39 @@ class KeyValue(NamedTuple):
         """Those of the rows `index` (M,), in that order."""
         return KeyValue(self.key.index_select(0, index), self.value.index_select(0, index))
 
+    def behind(self, past: KeyValue | None) -> KeyValue:
+        """The same behind cached ones, along S."""
+        if past is None:
+            return self
+        return KeyValue(torch.cat([past.key, self.key], dim=2), torch.cat([past.value, self.value], dim=2))
+
+
+class ImageKeys(NamedTuple):
+    """What is looked at, as cross-attention keys and values: an entry per layer, None where none looks.
+
+    Computed once per image and layer, and reused, with gradients, by every pass that looks at the image.
+    """
+
+    layers: list[KeyValue | None]
+    mask: Tensor | None = None
+    """bool (B, S), True = may be seen; None: everything, as in images."""
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return next(kv for kv in self.layers if kv is not None).key.shape[0]
+
+    def select(self, index: Tensor) -> ImageKeys:
+        """Those of the images `index` (M,), in that order."""
+        mask = None if self.mask is None else self.mask.index_select(0, index)
+        return ImageKeys([kv and kv.select(index) for kv in self.layers], mask)
+
+    def segment(self, layer: int, copies: int) -> Segment:
+        """What `copies` rows per image look at in a layer."""
+        entry = self.layers[layer]
+        assert entry is not None
+        return Segment(entry, copies, None if self.mask is None else self.mask[:, None, None, :])
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -34,6 +67,8 @@ class Segment:
 
     source: KeyValue
     copies: int = 1
+    mask: Tensor | None = None
+    """bool (B, 1, 1, S), True = may be seen; None: all of the source."""
 
     @property
     def rows(self) -> int:
@@ -47,46 +82,38 @@ def attend(query: Tensor, source: KeyValue, mask: Tensor | None, dropout: float)
 
 
 def attend_segments(query: Tensor, segments: list[Segment], dropout: float) -> Tensor:
-    """Cross-attention without a mask, segment by segment. (R, H, T, D / H) -> same."""
+    """Cross-attention, segment by segment. (R, H, T, D / H) -> same."""
     parts = []
     for part, segment in zip(query.split([s.rows for s in segments]), segments, strict=True):
         copies, source = segment.copies, segment.source
         if copies == 1:
-            parts.append(attend(part, source, None, dropout))
+            parts.append(attend(part, source, segment.mask, dropout))
             continue
         num_heads, length, width = part.shape[1:]
         # (B, H, copies * T, D / H)
         side_by_side = part.unflatten(0, (copies, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        context = attend(side_by_side, source, None, dropout)
+        context = attend(side_by_side, source, segment.mask, dropout)
         parts.append(context.view(-1, num_heads, copies, length, width).permute(2, 0, 1, 3, 4).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class Attention(nn.Module):
-    """One attention sub-block of BERT: attend, project, drop, add, normalise (post-norm).
+class MultiHead(nn.Module):
+    """Multi-head attention: project, attend, project.
 
     Args:
         width: D, of the states that look.
         num_heads: H; must divide D.
         kv_width: width of what is looked at; D when None.
-        dropout: of the attention probabilities and of the output.
-        norm_eps: of the LayerNorm after the residual.
+        dropout: of the attention probabilities.
 
     Shape:
         hidden: (B, T, D).
-        source: keys and values to look at, or segments of them (cross-attention without a mask).
+        source: keys and values to look at, or segments of them (cross-attention, with masks of their own).
         mask: bool, broadcastable to (B, 1, T, S), True = may attend.
         returns: (B, T, D).
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_heads: int,
-        kv_width: int | None = None,
-        dropout: float = 0.0,
-        norm_eps: float = 1e-12,
-    ) -> None:
+    def __init__(self, width: int, num_heads: int, kv_width: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         kv_width = width if kv_width is None else kv_width
         self.num_heads = num_heads
@@ -95,7 +122,6 @@ class Attention(nn.Module):
         self.key = nn.Linear(kv_width, width)
         self.value = nn.Linear(kv_width, width)
         self.out = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def keys_values(self, states: Tensor, norm: nn.LayerNorm | None = None) -> KeyValue:
         """Keys and values of `states` (B, S, kv_width).
@@ -118,8 +144,63 @@ class Attention(nn.Module):
             context = attend_segments(query, source, dropout)
         else:
             context = attend(query, source, mask, dropout)
-        merged = context.transpose(1, 2).flatten(2)  # (B, T, D)
-        return self.norm(hidden + F.dropout(self.out(merged), self.dropout, self.training))
+        return self.out(context.transpose(1, 2).flatten(2))
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Attention(MultiHead):
+    """One attention sub-block of BERT: attend, drop, add, normalise (post-norm).
+
+    Args:
+        width, num_heads, kv_width: as of `MultiHead`.
+        dropout: of the attention probabilities and of the output.
+        norm_eps: of the LayerNorm after the residual.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        kv_width: int | None = None,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-12,
+    ) -> None:
+        super().__init__(width, num_heads, kv_width, dropout)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(self, hidden: Tensor, source: KeyValue | list[Segment], mask: Tensor | None = None) -> Tensor:
+        seen = super().forward(hidden, source, mask)
+        return self.norm(hidden + F.dropout(seen, self.dropout, self.training))
+
+
+class PairAttention(nn.Module):
+    """Cross-attention to two images at once, in one sub-block of BERT (BLIP for NLVR2, section 5.5).
+
+    Each image has an attention of its own. What they see is averaged or, with `merge`, joined by a matrix.
+
+    Args:
+        merge: join by a matrix.
+        others: as of `Attention`.
+
+    Shape:
+        hidden: (B, T, D).
+        sources: the first images' keys and values, and the second ones'; B rows each.
+        returns: (B, T, D).
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, kv_width: int, dropout: float, norm_eps: float, merge: bool
+    ) -> None:
+        super().__init__()
+        self.looks = nn.ModuleList(MultiHead(width, num_heads, kv_width, dropout) for _ in range(2))
+        self.merge = nn.Linear(2 * width, width) if merge else None
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor, sources: list[Segment]) -> Tensor:
+        first, second = (look(hidden, [source]) for look, source in zip(self.looks, sources, strict=True))
+        both = torch.cat([first, second], dim=-1)
+        seen = (first + second) / 2 if self.merge is None else self.merge(both)
+        return self.norm(hidden + F.dropout(seen, self.dropout, self.training))

@@ -16,7 +16,7 @@ class TextEmbedding(nn.Module):
 
     Shape:
         text_ids: int64 (B, T).
-        start: position of the first token.
+        start: position of the first token; int64 (B,) where the rows differ.
         returns: (B, T, D), normalised and dropped out.
     """
 
@@ -29,8 +29,12 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = dropout
 
-    def forward(self, text_ids: Tensor, start: int = 0) -> Tensor:
-        position = self.position.weight[start : start + text_ids.shape[1]]
+    def forward(self, text_ids: Tensor, start: int | Tensor = 0) -> Tensor:
+        length = text_ids.shape[1]
+        if isinstance(start, Tensor):
+            position = self.position(start[:, None] + torch.arange(length, device=start.device))
+        else:
+            position = self.position.weight[start : start + length]
         return self.finish(self.word(text_ids) + position)
 
     def finish(self, states: Tensor) -> Tensor:

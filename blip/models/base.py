@@ -17,6 +17,7 @@ from blip.batch import Output
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, ConfigError, hint
 from blip.models.tokenizer import DEC, WordPieces
+from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
 from blip.weights import save_safetensors
 
@@ -49,6 +50,8 @@ class BlipModel(nn.Module):
     """Preset -> address of the weights that LAVIS publishes for it."""
     freezable: ClassVar[tuple[str, ...]] = ()
     """State-dict prefixes of parts that weight files may leave out; `load_frozen` fetches them."""
+    replaceable: ClassVar[tuple[str, ...]] = ()
+    """State-dict prefixes of state that weight files may lack; `replace` makes it from the rest."""
     on_cpu: ClassVar[dict[str, Any]] = {}
     """Configuration values with which foreign weights compute in float32, as LAVIS does on a CPU."""
     default_processors: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {
@@ -56,6 +59,8 @@ class BlipModel(nn.Module):
         "text_processor": {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption"}},
     }
     """Processors as LAVIS's model configurations name them; pictures get the model's `image_size`."""
+
+    vision: VisionTower
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,6 +116,14 @@ class BlipModel(nn.Module):
         """Ids and mask of texts, as the training loss wants them: `text_ids`, `text_mask` (B, T)."""
         return self.word_pieces(texts, max_length or self.config.max_txt_len)
 
+    def text_columns(self) -> dict[str, int | None]:
+        """Texts of a batch that training tokenises -> the longest, in tokens; None = not cut."""
+        return {"text_input": self.config.max_txt_len}
+
+    def count_targets(self, batch: dict[str, Any]) -> int:
+        """Tokens of a batch that the language-modelling loss is a mean over."""
+        return int(batch["text_mask"][:, 1:].sum()) if "text_mask" in batch else 0
+
     def with_text(self, batch: dict[str, Any], max_length: int | None = None) -> dict[str, Any]:
         """The batch with `text_ids` and `text_mask` on the model's device; strings are tokenised."""
         if "text_ids" in batch:
@@ -118,6 +131,12 @@ class BlipModel(nn.Module):
         texts = batch["text_input"]
         tokens = self.tokenize([texts] if isinstance(texts, str) else list(texts), max_length)
         return {**batch, **{k: v.to(self.device) for k, v in tokens.items()}}
+
+    def image_states(self, batch: dict[str, Any]) -> Tensor:
+        """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place."""
+        if "image_embeds" in batch:
+            return batch["image_embeds"]
+        return self.vision(batch["image"])
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:
         """Load what the parts start from (pretrained tower, BERT); returns one line of report per part.
@@ -130,6 +149,10 @@ class BlipModel(nn.Module):
 
     def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
         """Load those of the `freezable` parts that a weight file has left out; else as `load_parts`."""
+        return []
+
+    def replace(self, names: Collection[str]) -> list[str]:
+        """Make those of the `replaceable` tensors that a weight file lacks; a line of report per kind."""
         return []
 
     def on_step(self, step: int) -> bool:
@@ -156,9 +179,18 @@ class BlipModel(nn.Module):
         """Repeated blocks that may be recomputed or sharded."""
         return []
 
+    def recompute(self) -> tuple[RecomputeMode, int | None]:
+        """How the tower's blocks recompute their activations (`engine.recompute`), and the last how many."""
+        return self.config.recompute()
+
     def lr_scale(self, name: str, decay: float) -> float:
-        """Factor of the learning rate of parameter `name` under layer-wise decay."""
-        return 1.0
+        """Factor of the learning rate of parameter `name` under layer-wise decay.
+
+        Block k of the tower's L gets decay^(L + 1 - k), everything else 1.
+        """
+        if not name.startswith("vision."):
+            return 1.0
+        return decay ** (self.vision.num_layers + 1 - self.vision.layer_id(name.removeprefix("vision.")))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `model.safetensors` and `config.json`, which `blip.from_pretrained` reads back.

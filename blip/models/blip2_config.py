@@ -8,7 +8,7 @@ from typing import Literal
 from blip.config.schema import ModelConfig
 from blip.errors import hint
 from blip.models.qformer import QFormerConfig
-from blip.models.vision import VisionConfig
+from blip.models.vision import RecomputeMode, VisionConfig
 
 OBJECTIVES = ("itc", "itm", "lm")
 """The losses of stage 1, by name."""
@@ -130,3 +130,8 @@ class Blip2QformerConfig(ModelConfig):
             freeze=self.freeze_vit and self.vit_train_steps == 0,
             init_from=self.vit_init_from,
         )
+
+    def recompute(self) -> tuple[RecomputeMode, int | None]:
+        """The tower's way, or torch's if `use_grad_checkpoint` asks for it; and the last how many blocks."""
+        mode = self.vit.checkpoint
+        return ("torch" if mode == "none" and self.use_grad_checkpoint else mode), self.vit.checkpoint_last

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from blip.batch import Output
 from blip.errors import UsageError, hint
-from blip.layers.attention import KeyValue
+from blip.layers.attention import ImageKeys, KeyValue
 from blip.layers.masks import causal_mask, padding_mask
 from blip.layers.text import LMHead, init_bert
-from blip.losses import NegativeSampler, at_least_float32, itm_loss, lm_loss, similarity
+from blip.losses import NegativeSampler, at_least_float32, similarity
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
@@ -39,9 +39,10 @@ from blip.models.contrast import (
     contrast,
     draw_negatives,
     gather_pool,
-    targets_only,
+    matching,
 )
-from blip.models.qformer import ImageKeys, QFormer
+from blip.models.narrate import caption_loss, decoder_input, decoder_labels
+from blip.models.qformer import QFormer
 from blip.models.vision import VisionTower, find_file
 from blip.registry import MODELS
 
@@ -139,12 +140,6 @@ class Blip2Qformer(BlipModel):
         """True while a loss is left out: its heads get no gradient."""
         return len(self.objectives()) < len(OBJECTIVES)
 
-    def image_states(self, batch: dict[str, Any]) -> Tensor:
-        """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place."""
-        if "image_embeds" in batch:
-            return batch["image_embeds"]
-        return self.vision(batch["image"])
-
     def trains_states(self, batch: dict[str, Any]) -> bool:
         """Whether the tower's states have a gradient."""
         return "image_embeds" not in batch and not self.vision.frozen
@@ -200,19 +195,8 @@ class Blip2Qformer(BlipModel):
 
     def match(self, batch: dict[str, Any], seen: Representation, pool: Pool, negatives: Negatives) -> Output:
         """The ITM loss: B pairs, then each image with a wrong text, then each text with a wrong image."""
-        ids, mask = pool.text_ids[pool.columns], pool.text_mask[pool.columns]
-        text_ids = torch.cat([ids, pool.text_ids[negatives.text], ids])  # (3B, T)
-        text_mask = torch.cat([mask, pool.text_mask[negatives.text], mask])
-        logits = self.itm_logits(
-            [(seen.keys, 2), (self._negative_keys(pool, negatives), 1)], text_ids, text_mask
-        )
-        num_rows = len(ids)
-        labels = torch.cat([ids.new_ones(num_rows), ids.new_zeros(2 * num_rows)])
-        valid = negatives.valid.float()
-        weight = torch.cat([torch.ones_like(valid), valid, valid])
-        total = batch.get("loss_rows", max(num_rows, 1)) * (1 + 2 * negatives.share_valid)
-        right = ((logits.detach().argmax(1) == labels) * weight).sum() / weight.sum().clamp(min=1)
-        return Output(loss_itm=itm_loss(logits, labels, weight, total), itm_acc=right)
+        images = [(seen.keys, 2), (self._negative_keys(pool, negatives), 1)]
+        return matching(batch, pool, negatives, lambda ids, mask: self.itm_logits(images, ids, mask))
 
     def _negative_keys(self, pool: Pool, negatives: Negatives) -> ImageKeys:
         if pool.keys is not None:
@@ -230,17 +214,12 @@ class Blip2Qformer(BlipModel):
 
     def narrate(self, batch: dict[str, Any], seen: Representation) -> Output:
         """The LM loss: [DEC] and the text, behind the queries of the image pass."""
-        ids, mask = batch["text_ids"], batch["text_mask"]
-        start = torch.full_like(ids[:, :1], self.dec_id)
-        text = self.qformer.embedding(
-            torch.cat([start, ids[:, 1:-1]], dim=1)
-        )  # the last token predicts nothing
-        attention = causal_mask(mask[:, :-1], self.config.num_query_token)
-        hidden = self.qformer(text, attention, past=seen.cache).text
-        labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-        hidden, labels = targets_only(hidden.flatten(0, 1), labels.flatten(), batch.get("num_targets"))
-        logits = self.lm_head(hidden, self.qformer.embedding.word.weight)
-        return Output(loss_lm=lm_loss(logits, labels, self.config.label_smoothing, batch.get("loss_tokens")))
+        ids, mask = decoder_input(batch["text_ids"], batch["text_mask"], self.dec_id)
+        attention = causal_mask(mask, self.config.num_query_token)
+        hidden = self.qformer(self.qformer.embedding(ids), attention, past=seen.cache).text
+        labels = decoder_labels(batch["text_ids"], batch["text_mask"])
+        words, smoothing = self.qformer.embedding.word.weight, self.config.label_smoothing
+        return Output(loss_lm=caption_loss(hidden, labels, self.lm_head, words, batch, smoothing))
 
     @property
     def dec_id(self) -> int:
@@ -339,7 +318,9 @@ class Blip2Qformer(BlipModel):
         report = self.vision.load_initial(data_root)
         bert = self.config.qformer.init_from
         if bert:
-            report.append(load_bert(self.qformer, self.lm_head, str(find_file(bert, data_root) or bert)))
+            source = str(find_file(bert, data_root) or bert)
+            report.append(load_bert(self.qformer.bert_parts(), self.lm_head, source))
+            self.qformer.copy_text_ffn()
         return report
 
     def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
@@ -355,17 +336,6 @@ class Blip2Qformer(BlipModel):
     def blocks(self) -> list[nn.Module]:
         """The tower's blocks and the Q-Former's layers."""
         return [*self.vision.blocks(), *self.qformer.blocks()]
-
-    def recompute_mode(self) -> Literal["none", "torch", "offload"]:
-        """How the tower's blocks recompute their activations (`engine.recompute`)."""
-        mode = self.config.vit.checkpoint
-        return "torch" if mode == "none" and self.config.use_grad_checkpoint else mode
-
-    def lr_scale(self, name: str, decay: float) -> float:
-        """Layer-wise decay of the tower: block k of L gets decay^(L + 1 - k), everything else 1."""
-        if not name.startswith("vision."):
-            return 1.0
-        return decay ** (self.vision.num_layers + 1 - self.vision.layer_id(name.removeprefix("vision.")))
 
 
 @MODELS.register("blip2_image_text_matching")

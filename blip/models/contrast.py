@@ -5,6 +5,7 @@ Shared by every model with an ITC and an ITM loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +14,20 @@ from torch import Tensor
 
 from blip import dist
 from blip.batch import Output
+from blip.layers.attention import ImageKeys
+from blip.layers.momentum import FeatureQueue
 from blip.losses import (
     Candidates,
-    ItcOutput,
     KeyedSampler,
     NegativeSampler,
     hard_negatives,
     itc_loss,
+    itm_loss,
     same_picture,
+    similarity,
     smoothed_targets,
+    soft_targets,
 )
-from blip.models.qformer import ImageKeys
 
 
 class Features(NamedTuple):
@@ -55,7 +59,7 @@ class Pool(NamedTuple):
     states: Tensor
     """(B, P, D_image), this rank's, to fetch other ranks' from."""
     keys: ImageKeys | None
-    """Keys of all N images where they are at hand (one process, one micro-batch)."""
+    """Keys of all N images where they are at hand (one process, one micro-batch; or a local pool)."""
     total: int
 
     def fetch_states(self, columns: Tensor) -> Tensor:
@@ -130,18 +134,33 @@ def gather_pool(
     return Pool(image_feats, text_feats, ids, mask, image_id, columns, order, states, None, total)
 
 
+def local_pool(
+    batch: dict[str, Any], feats: Features, states: Tensor, keys: ImageKeys, use_ids: bool = True
+) -> Pool:
+    """This rank's rows alone, as BLIP contrasts; arguments as of `gather_pool`."""
+    ids, total = batch["text_ids"], len(feats.text)
+    image_id = batch.get("image_id") if use_ids else None
+    columns = torch.arange(total, device=ids.device)
+    return Pool(*feats, ids, batch["text_mask"], image_id, columns, None, states, keys, total)
+
+
 class Contrasted(NamedTuple):
     """Local rows beside the pool."""
 
-    itc: ItcOutput
+    loss: Tensor
+    """The ITC loss."""
+    sim_i2t: Tensor
+    """(B, N), divided by the temperature."""
+    sim_t2i: Tensor
+    """(B, N), divided by the temperature."""
     positive: Tensor
     """bool (B, N): columns that show the row's picture."""
 
     def figures(self, temp: Tensor) -> Output:
         """`loss_itc`; `itc_acc`, the share of images whose best text is right; `temp`."""
-        best = self.itc.sim_i2t.detach().argmax(dim=1, keepdim=True)
+        best = self.sim_i2t.detach().argmax(dim=1, keepdim=True)
         right = self.positive.gather(1, best).float().sum() / max(len(best), 1)
-        return Output(loss_itc=self.itc.loss, itc_acc=right, temp=temp.detach().clone())
+        return Output(loss_itc=self.loss, itc_acc=right, temp=temp.detach().clone())
 
 
 def contrast(
@@ -160,46 +179,120 @@ def contrast(
     positive = same_picture(pool.columns, pool.total, own_id, pool.image_id)
     target = smoothed_targets(positive, smoothing, temp.dtype)
     candidates = Candidates(pool.image_feats, pool.text_feats, target, target)
-    return Contrasted(itc_loss(feats.image, feats.text, candidates, temp, batch.get("loss_rows")), positive)
+    found = itc_loss(feats.image, feats.text, candidates, temp, batch.get("loss_rows"))
+    return Contrasted(*found, positive)
+
+
+class TwinFeatures(NamedTuple):
+    """Features of the momentum twin."""
+
+    own: Features
+    """Of the local rows, (B, 1, E) and (B, E)."""
+    columns: Features
+    """Of the rows that are contrasted with: those of the pool."""
+
+
+def momentum_contrast(
+    batch: dict[str, Any],
+    feats: Features,
+    twin: TwinFeatures,
+    pool: Pool,
+    queue: FeatureQueue,
+    temp: Tensor,
+    alpha: float,
+) -> Contrasted:
+    """BLIP's ITC loss of the local rows (section 3.2), and their similarities with the pool.
+
+    Columns are the twin's features of the pool, then the queue; targets are mixed with the twin's opinion.
+
+    Args:
+        batch: optional `loss_rows`.
+        feats: of the local rows.
+        twin: without gradient.
+        pool: whose rows are the first columns; its `image_id` decides what is positive, also in the queue.
+        queue: further columns.
+        temp: temperature.
+        alpha: share of the twin's opinion in the targets.
+    """
+    image_id = pool.image_id
+    own_id = None if image_id is None else image_id[pool.columns]
+    positive = same_picture(pool.columns, pool.total, own_id, image_id)  # (B, N)
+    if own_id is None:
+        queued = positive.new_zeros(len(positive), len(queue))
+    else:
+        queued = own_id[:, None] == queue.ids[None, :]
+    hard = torch.cat([positive, queued], dim=1).to(temp.dtype)
+    hard = hard / hard.sum(dim=1, keepdim=True)
+    images = torch.cat([twin.columns.image, queue.image[:, None].to(twin.columns.image.dtype)])
+    texts = torch.cat([twin.columns.text, queue.text.to(twin.columns.text.dtype)])
+    with torch.no_grad():
+        target_i2t = soft_targets(similarity(twin.own.image, texts) / temp, hard, alpha)
+        target_t2i = soft_targets(similarity(images, twin.own.text).T / temp, hard, alpha)
+    candidates = Candidates(images, texts, target_i2t, target_t2i)
+    found = itc_loss(feats.image, feats.text, candidates, temp, batch.get("loss_rows"))
+    return Contrasted(found.loss, found.sim_i2t[:, : pool.total], found.sim_t2i[:, : pool.total], positive)
+
+
+@torch.no_grad()
+def online_similarities(feats: Features, pool: Pool, temp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`sim_i2t`, `sim_t2i` and `positive` of the local rows and the pool, all of the model's own features."""
+    own_id = None if pool.image_id is None else pool.image_id[pool.columns]
+    sim_i2t = similarity(feats.image.detach(), pool.text_feats.detach()) / temp
+    sim_t2i = similarity(pool.image_feats.detach(), feats.text.detach()).T / temp
+    return sim_i2t, sim_t2i, same_picture(pool.columns, pool.total, own_id, pool.image_id)
 
 
 def draw_negatives(
-    batch: dict[str, Any], seen: Contrasted, pool: Pool, sampler: NegativeSampler | None
+    batch: dict[str, Any],
+    seen: Contrasted,
+    pool: Pool,
+    sampler: NegativeSampler | None,
+    floor: float = 0.0,
 ) -> Negatives:
     """The hard negatives that the similarities suggest.
 
     Args:
-        batch: optional `rows`, and `seed`, `iters` for the keyed draw.
+        batch: optional `rows`, and `seed`, `step` for the keyed draw.
         seen: similarities of the local rows.
         pool: where the negatives are.
         sampler: chooses them; None = the keyed draw.
+        floor: as of `hard_negatives`.
     """
     rows = batch.get("rows", pool.columns)
-    sampler = sampler or KeyedSampler(batch.get("seed", 0), batch.get("iters", 0))
+    sampler = sampler or KeyedSampler(batch.get("seed", 0), batch.get("step", 0))
     return Negatives(
-        hard_negatives(seen.itc.sim_t2i, seen.positive, rows, sampler, "image"),
-        hard_negatives(seen.itc.sim_i2t, seen.positive, rows, sampler, "text"),
+        hard_negatives(seen.sim_t2i, seen.positive, rows, sampler, "image", floor),
+        hard_negatives(seen.sim_i2t, seen.positive, rows, sampler, "text", floor),
         ~seen.positive.all(dim=1),
         _share_with_negatives(pool),
     )
 
 
-def targets_only(hidden: Tensor, labels: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
-    """Rows that have a target, so that no logits are computed for padding.
+def matching(
+    batch: dict[str, Any], pool: Pool, negatives: Negatives, judge: Callable[[Tensor, Tensor], Tensor]
+) -> Output:
+    """The ITM loss: B pairs, then each image with a wrong text, then each text with a wrong image.
 
     Args:
-        hidden: (M, D).
-        labels: int64 (M,), -100 = no target.
-        count: number of targets, where the host knows it. Without it a GPU keeps all rows, since counting
-            them would make it wait.
+        batch: optional `loss_rows`.
+        pool: where the texts are.
+        negatives: of the local rows.
+        judge: ids (3B, T) and mask (3B, T) in this order -> matching logits (3B, 2).
+
+    Returns:
+        `loss_itm`; `itm_acc`, the share of pairs judged rightly.
     """
-    if labels.device.type == "cpu":
-        index = (labels != -100).nonzero()[:, 0]
-    elif count is not None:
-        index = torch.nonzero_static(labels != -100, size=count)[:, 0]
-    else:
-        return hidden, labels
-    return hidden.index_select(0, index), labels.index_select(0, index)
+    ids, mask = pool.text_ids[pool.columns], pool.text_mask[pool.columns]
+    text_ids = torch.cat([ids, pool.text_ids[negatives.text], ids])
+    text_mask = torch.cat([mask, pool.text_mask[negatives.text], mask])
+    logits = judge(text_ids, text_mask)
+    num_rows = len(ids)
+    labels = torch.cat([ids.new_ones(num_rows), ids.new_zeros(2 * num_rows)])
+    valid = negatives.valid.float()
+    weight = torch.cat([torch.ones_like(valid), valid, valid])
+    total = batch.get("loss_rows", max(num_rows, 1)) * (1 + 2 * negatives.share_valid)
+    right = ((logits.detach().argmax(1) == labels) * weight).sum() / weight.sum().clamp(min=1)
+    return Output(loss_itm=itm_loss(logits, labels, weight, total), itm_acc=right)
 
 
 def _share_with_negatives(pool: Pool) -> Tensor:

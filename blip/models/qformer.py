@@ -13,61 +13,18 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from blip.config.schema import Section, SectionError
+from blip.config.schema import SectionError
 from blip.errors import ConfigError
-from blip.layers.attention import Attention, KeyValue, Segment
+from blip.layers.attention import Attention, ImageKeys, KeyValue, Segment
 from blip.layers.text import FeedForward, TextEmbedding, init_bert
+from blip.models.bert_init import BertConfig, BertParts
 
 
 @dataclass
-class QFormerConfig(Section):
+class QFormerConfig(BertConfig):
     """Sizes of the Q-Former; the defaults are BERT-base's."""
 
     section: ClassVar[str] = "model.qformer"
-
-    width: int = 768
-    """D of queries and text."""
-    depth: int = 12
-    """Number of layers."""
-    num_heads: int = 12
-    """Attention heads; must divide the width."""
-    mlp_dim: int = 3072
-    """Inner width of the feed-forwards."""
-    max_positions: int = 512
-    """Longest text that has position embeddings, in tokens."""
-    norm_eps: float = 1e-12
-    """Epsilon of every LayerNorm."""
-    init_std: float = 0.02
-    """Standard deviation of initial matrices; narrow models learn faster with more, some width^-0.5."""
-    init_from: str | None = None
-    """BERT-like model to start from: a folder (as given, else below the data root) or a Hugging Face name;
-    null = random."""
-
-    def problems(self) -> list[str]:
-        """Sizes that cannot be built."""
-        found = self._at_least(1, "width", "depth", "num_heads", "mlp_dim", "max_positions")
-        if self.norm_eps <= 0:
-            found.append(f"norm_eps: {self.norm_eps} is not above 0")
-        if self.init_std <= 0:
-            found.append(f"init_std: {self.init_std} is not above 0")
-        if not found and self.width % self.num_heads:
-            found.append(
-                f"num_heads: {self.num_heads} does not divide the width {self.width}; set num_heads or width"
-            )
-        return found
-
-
-class ImageKeys(NamedTuple):
-    """An image's cross-attention keys and values, an entry per layer; None where a layer does not look at it.
-
-    Computed once per image and layer; ITC, ITM and LM reuse them, with gradients.
-    """
-
-    layers: list[KeyValue | None]
-
-    def select(self, index: Tensor) -> ImageKeys:
-        """Those of the images `index` (M,)."""
-        return ImageKeys([kv and kv.select(index) for kv in self.layers])
 
 
 class QFormerOutput(NamedTuple):
@@ -114,14 +71,9 @@ class QFormerLayer(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """(R, Q + T, D) -> the kept positions of it, and the keys and values of this pass's positions."""
         own = self.self_attn.keys_values(hidden)
-        source = own
-        if past is not None:
-            source = KeyValue(
-                torch.cat([past.key, own.key], dim=2), torch.cat([past.value, own.value], dim=2)
-            )
         if mask is not None and mask.shape[2] > 1:
             mask = mask[:, :, keep]
-        hidden = self.self_attn(hidden[:, keep], source, mask)
+        hidden = self.self_attn(hidden[:, keep], own.behind(past), mask)
 
         queries, text = hidden[:, :num_query], hidden[:, num_query:]
         if num_query and image is not None:
@@ -198,6 +150,11 @@ class QFormer(nn.Module):
             if layer.text_ffn is not None:
                 layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
 
+    def bert_parts(self) -> BertParts:
+        """What a BERT can start: the text side."""
+        layers = [(layer.self_attn, cast(FeedForward, layer.text_ffn)) for layer in self.blocks()]
+        return BertParts(QFormerConfig.section, self.embedding, layers)
+
     def image_keys(self, image_embeds: Tensor, norm: nn.LayerNorm | None = None) -> ImageKeys:
         """Cross-attention keys and values of image states (B, P, image_width), once per layer.
 
@@ -230,7 +187,7 @@ class QFormer(nn.Module):
         num_query = self.num_query if images else 0
         parts = []
         if images:
-            rows = sum(_rows(keys) * copies for keys, copies in images)
+            rows = sum(keys.rows * copies for keys, copies in images)
             parts.append(self.queries(rows))
         if text is not None:
             parts.append(text)
@@ -239,7 +196,7 @@ class QFormer(nn.Module):
         for i, layer in enumerate(self.blocks()):
             segments = None
             if images and layer.cross_attn is not None:
-                segments = [Segment(_entry(keys, i), copies) for keys, copies in images]
+                segments = [keys.segment(i, copies) for keys, copies in images]
             kept = _kept(keep, num_query) if i == len(self.layers) - 1 else slice(None)
             hidden, own = layer(hidden, num_query, mask, segments, past[i] if past else None, kept)
             cache.append(own)
@@ -265,14 +222,3 @@ def _kept(keep: str, num_query: int) -> slice:
     if keep == "queries":
         return slice(0, num_query)
     return slice(0, num_query + 1) if keep == "first" else slice(None)
-
-
-def _entry(keys: ImageKeys, layer: int) -> KeyValue:
-    entry = keys.layers[layer]
-    assert entry is not None
-    return entry
-
-
-def _rows(keys: ImageKeys) -> int:
-    entry = next(kv for kv in keys.layers if kv is not None)
-    return entry.key.shape[0]

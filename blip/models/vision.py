@@ -30,6 +30,8 @@ PUBLISHED = {name: _LAVIS + name for name in ("eva_vit_g.pth", "clip_vit_L.pth")
 _MODEL_KEYS = ("image_size:", "drop_path_rate:")
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+RecomputeMode = Literal["none", "torch", "offload"]
+
 
 @dataclass
 class VisionConfig(Section):
@@ -64,7 +66,7 @@ class VisionConfig(Section):
     init_from: str | None = None
     """A safetensors or .pth file (as given, else below the data root), or `timm` / `timm/<name>` for timm's
     pretrained weights; null = random."""
-    checkpoint: Literal["none", "torch", "offload"] = "none"
+    checkpoint: RecomputeMode = "none"
     """Recompute the blocks' activations in the backward pass; `offload` keeps their inputs in CPU memory."""
     checkpoint_last: int | None = None
     """Recompute only this many blocks from the end (LAVIS's `vit_ckpt_layer`); null = all."""

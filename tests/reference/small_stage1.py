@@ -49,7 +49,7 @@ def global_batch(total: int, ids: bool) -> dict[str, Any]:
     image = torch.randn(len(IDS), 3, IMAGE, IMAGE, generator=generator, dtype=torch.double)[:total]
     mask = torch.arange(11) < torch.tensor(LENGTHS[:total])[:, None]
     text_ids = torch.randint(1, VOCAB - 1, (len(IDS), 11), generator=generator)[:total].masked_fill(~mask, 0)
-    batch = {"image": image, "text_ids": text_ids, "text_mask": mask, "seed": 5, "iters": 7}
+    batch = {"image": image, "text_ids": text_ids, "text_mask": mask, "seed": 5, "step": 7}
     return batch | ({"image_id": torch.tensor(IDS[:total])} if ids else {})
 
 

@@ -1,0 +1,188 @@
+"""BLIP for classification: of an image with a text, and of two images with a text (NLVR2, section 5.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip.batch import Output
+from blip.layers.momentum import MomentumTwin
+from blip.losses import at_least_float32, soft_targets
+from blip.models.base import BlipModel
+from blip.models.bert_init import load_bert
+from blip.models.blip_config import BlipConfig
+from blip.models.med import Med
+from blip.models.tokenizer import DEC, ENC
+from blip.models.vision import VisionTower, find_file
+from blip.registry import MODELS
+
+
+def _head(width: int, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+
+@dataclass
+class BlipClassificationConfig(BlipConfig):
+    """Sizes and switches of BLIP for classification."""
+
+    num_classes: int = 3
+    """Classes."""
+    max_txt_len: int = 40
+    """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    use_distill: bool = True
+    """Mix the targets with the opinion of a momentum twin."""
+    momentum: float = 0.995
+    """The twin keeps this share of itself at each step."""
+    alpha: float = 0.4
+    """Share of the twin's opinion in the targets, after a linear ramp from 0 over the first epoch."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        found = super().problems() + self._at_least(2, "num_classes")
+        return found + self._within(0, 1, "momentum", "alpha")
+
+
+@MODELS.register("blip_classification")
+class BlipClassification(BlipModel):
+    """A tower, a text encoder that looks at the image, and a head; with a momentum twin where it distils.
+
+    Shape:
+        batch: `image` (B, 3, H, W), `text_input` (or `text_ids`, `text_mask`), `label` int64 (B,).
+        returns: `loss`, `acc`.
+    """
+
+    config_class: ClassVar[type[BlipClassificationConfig]] = BlipClassificationConfig
+    presets: ClassVar = {"base": {"image_size": 384}}
+    added_tokens = (DEC, ENC)
+    replaceable = ("twin.",)
+    num_images: ClassVar[Any] = 1
+
+    def __init__(self, config: BlipClassificationConfig) -> None:
+        super().__init__(config)
+        self.vision = VisionTower(config.tower())
+        self.text = self._text()
+        self.cls_head = _head(config.med.width, config.num_classes)
+        self.twin: MomentumTwin | None = None
+        if config.use_distill:
+            tower, head = VisionTower(config.tower()), _head(config.med.width, config.num_classes)
+            self.twin = MomentumTwin({"vision": tower, "text": self._text(), "cls_head": head})
+            self.twin.copy_from(self)
+
+    def _text(self) -> Med:
+        config = self.config
+        vocab_size = config.vocab_size or self.word_pieces.vocab_size
+        width = self.vision.width
+        return Med(config.med, vocab_size, width, config.dropout, num_images=self.num_images)
+
+    def forward(self, batch: dict[str, Any], is_train: bool = True) -> Output:
+        """The loss; with `is_train=False`, LAVIS's way to ask for `predict`."""
+        if not is_train:
+            return self.predict(batch)
+        batch = self.with_text(batch)
+        logits, labels = self.logits(batch), batch["label"]
+        hard = F.one_hot(labels, self.config.num_classes).to(logits.dtype)
+        target = hard
+        if self.twin is not None:
+            target = soft_targets(self.twin_logits(batch), hard, self.alpha(batch))
+        loss = F.cross_entropy(logits, target, reduction="sum") / batch.get("loss_rows", max(len(labels), 1))
+        right = (logits.detach().argmax(dim=1) == labels).float().mean()
+        return Output(loss=loss, acc=right)
+
+    def logits(self, batch: dict[str, Any]) -> Tensor:
+        """(B, C)."""
+        return self._judge(batch, self.vision, self.text, self.cls_head)
+
+    @torch.no_grad()
+    def twin_logits(self, batch: dict[str, Any]) -> Tensor:
+        """The twin's, (B, C)."""
+        twin: Any = self.twin
+        return self._judge(batch, twin["vision"], twin["text"], twin["cls_head"])
+
+    def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:
+        states = batch["image_embeds"] if "image_embeds" in batch else vision(batch["image"])
+        images = [(text.image_keys(states), 1)]
+        found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True)
+        return at_least_float32(head(found[:, 0]))
+
+    def alpha(self, batch: dict[str, Any]) -> float:
+        """Share of the twin's opinion at this step."""
+        per_epoch = batch.get("num_iters_per_epoch")
+        if not per_epoch:
+            return self.config.alpha
+        step = batch["step"] if "step" in batch else batch.get("epoch", 0) * per_epoch + batch.get("iters", 0)
+        return self.config.alpha * min(1.0, step / per_epoch)
+
+    def predict(self, samples: dict[str, Any]) -> Output:
+        """`predictions` (B, C), logits; `targets` (B,), where the samples have labels."""
+        samples = self.with_text(samples)
+        found = Output(predictions=self.logits(samples))
+        if "label" in samples:
+            found["targets"] = samples["label"]
+        return found
+
+    def count_targets(self, batch: dict[str, Any]) -> int:
+        """No token is a target here."""
+        return 0
+
+    def after_step(self, outputs: Sequence[Output]) -> None:
+        """The twin follows."""
+        if self.twin is not None:
+            self.twin.follow(self, self.config.momentum)
+
+    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
+        """Load the tower from `vit_init_from` and the text transformer from `med.init_from`."""
+        report = self.vision.load_initial(data_root)
+        source = self.config.med.init_from
+        if source:
+            place = str(find_file(source, data_root) or source)
+            report.append(load_bert(self.text.bert_parts("encode"), None, place))
+        if self.twin is not None:
+            self.twin.copy_from(self)
+        return report
+
+    def replace(self, names: Collection[str]) -> list[str]:
+        """The twin starts as a copy where weights lack it."""
+        if self.twin is None or not names:
+            return []
+        self.twin.copy_from(self, {name.removeprefix("twin.") for name in names})
+        return [f"momentum twin: {len(names)} tensors copied from the model"]
+
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks and the text transformer's layers."""
+        return [*self.vision.blocks(), *self.text.blocks()]
+
+
+@dataclass
+class BlipNlvrConfig(BlipClassificationConfig):
+    """Sizes and switches of BLIP for NLVR2."""
+
+    num_classes: int = 2
+    """Classes."""
+    use_distill: bool = False
+    """Mix the targets with the opinion of a momentum twin."""
+
+
+@MODELS.register("blip_nlvr")
+class BlipNlvr(BlipClassification):
+    """A sentence about two images; each has a cross-attention of its own.
+
+    Shape:
+        batch: `image0`, `image1` (B, 3, H, W), `text_input` (or `text_ids`, `text_mask`), `label` int64 (B,).
+        returns: `loss`, `acc`.
+    """
+
+    config_class = BlipNlvrConfig
+    presets: ClassVar = {"nlvr": {"image_size": 384}}
+    num_images = 2
+
+    def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:
+        states = vision(torch.cat([batch["image0"], batch["image1"]]))
+        images = [(text.image_keys(some, which=i), 1) for i, some in enumerate(states.chunk(2))]
+        found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True)
+        return at_least_float32(head(found[:, 0]))

@@ -1,0 +1,188 @@
+"""BLIP for visual question answering: a question encoder and an answer decoder (section 5.3).
+
+The encoder reads the question and looks at the image; the decoder looks at the question's states and says the
+answer. Answers are generated, or a list of candidates is ranked by their likelihood.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip.batch import Output
+from blip.errors import UsageError
+from blip.layers.attention import ImageKeys
+from blip.layers.text import LMHead, init_bert
+from blip.losses import at_least_float32
+from blip.models.base import BlipModel
+from blip.models.bert_init import load_bert
+from blip.models.blip_config import BlipConfig
+from blip.models.med import Med
+from blip.models.narrate import answer_loss, decoder_labels
+from blip.models.tokenizer import DEC, ENC
+from blip.models.vision import VisionTower, find_file
+from blip.registry import MODELS
+
+RANK_ROWS = 1024
+"""Candidates that are scored at once."""
+
+
+@dataclass
+class BlipVqaConfig(BlipConfig):
+    """Sizes and switches of BLIP for question answering."""
+
+    label_smoothing: float = 0.1
+    """Of the loss, and of the scores of candidates, as in BLIP."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        return super().problems() + self._within(0, 0.9, "label_smoothing")
+
+
+@MODELS.register("blip_vqa")
+class BlipVqa(BlipModel):
+    """A tower, a question encoder and an answer decoder, which share nothing.
+
+    Shape:
+        batch: `image` (B, 3, H, W) or `image_embeds` (B, P, D_image); `text_input` (questions), or `text_ids`
+            and `text_mask` (B, T); `answer`, a flat list of A, or `answer_ids` and `answer_mask` (A, L);
+            `n_answers` int64 (B,), which sum to A; `weight` float (A,).
+        returns: `loss` = `loss_lm`.
+    """
+
+    config_class = BlipVqaConfig
+    presets: ClassVar = {
+        "vqav2": {"image_size": 480, "vit_drop_path_rate": 0.1},
+        "okvqa": {"image_size": 480, "vit_drop_path_rate": 0.1},
+        "aokvqa": {"image_size": 480, "vit_drop_path_rate": 0.1},
+    }
+    default_processors: ClassVar = {
+        "vis_processor": {"train": {"name": "blip_image_train"}, "eval": {"name": "blip_image_eval"}},
+        "text_processor": {"train": {"name": "blip_question"}, "eval": {"name": "blip_question"}},
+    }
+    added_tokens = (DEC, ENC)
+
+    def __init__(self, config: BlipVqaConfig) -> None:
+        super().__init__(config)
+        self.vision = VisionTower(config.tower())
+        vocab_size = config.vocab_size or self.word_pieces.vocab_size
+        self.text = Med(config.med, vocab_size, self.vision.width, config.dropout)
+        self.answer_decoder = Med(config.med, vocab_size, config.med.width, config.dropout)
+        self.lm_head = LMHead(config.med.width, vocab_size, config.med.norm_eps)
+        init_bert(self.lm_head, config.med.init_std)
+
+    # Training
+
+    def text_columns(self) -> dict[str, int | None]:
+        """Questions are cut, answers are not."""
+        return {**super().text_columns(), "answer": None}
+
+    def count_targets(self, batch: dict[str, Any]) -> int:
+        """Tokens of all answers."""
+        return int(batch["answer_mask"][:, 1:].sum())
+
+    def forward(self, batch: dict[str, Any]) -> Output:
+        batch = self._with_answers(self.with_text(batch))
+        ids, mask, counts = batch["answer_ids"], batch["answer_mask"], batch["n_answers"]
+        rows = torch.arange(len(counts), device=ids.device)
+        question = rows.repeat_interleave(counts, output_size=len(ids))  # (A,), of each answer
+        keys = self.question_keys(batch).select(question)
+        hidden = self.answer_decoder.decode(ids, mask, [(keys, 1)])
+        labels, words = decoder_labels(ids, mask), self.answer_decoder.embedding.word.weight
+        loss = answer_loss(hidden, labels, self.lm_head, words, batch, self.config.label_smoothing)
+        return Output(loss=loss, loss_lm=loss)
+
+    def _with_answers(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Answers tokenised where they are not; one answer each and weight 1 where nothing else is said."""
+        batch = dict(batch)
+        if "answer_ids" not in batch:
+            tokens = self.tokenize(list(batch["answer"]))
+            batch["answer_ids"] = tokens["text_ids"].to(self.device)
+            batch["answer_mask"] = tokens["text_mask"].to(self.device)
+        answers = batch["answer_ids"]
+        if "n_answers" not in batch:
+            if len(answers) != len(batch["text_ids"]):
+                raise UsageError(
+                    f"n_answers: {len(answers)} answers to {len(batch['text_ids'])} questions; say how many"
+                    " each question has"
+                )
+            batch["n_answers"] = answers.new_ones(len(answers))
+        batch.setdefault("weight", torch.ones(len(answers), device=answers.device))
+        return {k: v.to(self.device) if k in ("n_answers", "weight") else v for k, v in batch.items()}
+
+    def question_keys(self, batch: dict[str, Any]) -> ImageKeys:
+        """What answers look at: the states of questions that have looked at their images."""
+        images = [(self.text.image_keys(self.image_states(batch)), 1)]
+        mask = batch["text_mask"]
+        states = self.text.grounded(batch["text_ids"], mask, images)
+        return self.answer_decoder.image_keys(states, mask=mask)
+
+    # Inference
+
+    def rank_answers(self, keys: ImageKeys, answer_list: list[str], num_candidates: int) -> list[str]:
+        """The most likely of `answer_list` for each question (BLIP, section 5.3).
+
+        The candidates with the most likely first tokens are scored in full; a score is the negative sum of
+        the token losses, label smoothing included, with no normalisation by length.
+
+        Args:
+            keys: of the questions.
+            answer_list: candidates.
+            num_candidates: k, how many of them are scored in full.
+        """
+        tokens = self.tokenize(answer_list)
+        ids, mask = tokens["text_ids"].to(self.device), tokens["text_mask"].to(self.device)
+        best = self.shortlist(keys, ids[:, 1], num_candidates)  # (B, k)
+        scores = self.score_answers(keys, ids[best], mask[best])
+        chosen = best.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
+        return [answer_list[i] for i in chosen.tolist()]
+
+    def shortlist(self, keys: ImageKeys, first_ids: Tensor, count: int) -> Tensor:
+        """int64 (B, k): the candidates whose first tokens are most likely; `first_ids` int64 (N,)."""
+        start = first_ids.new_full((keys.rows, 1), self.answer_decoder.dec_id)
+        once = torch.ones_like(start, dtype=torch.bool)[:, None, None]
+        states = self.answer_decoder(start, once, [(keys, 1)], "decode").states
+        logits = self.lm_head(states[:, 0], self.answer_decoder.embedding.word.weight)
+        return logits[:, first_ids].topk(min(count, len(first_ids)), dim=1).indices
+
+    def score_answers(self, keys: ImageKeys, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+        """Negative summed losses (B, k) of k candidates for each of B questions; ids and mask (B, k, L)."""
+        num_rows, count = answer_ids.shape[:2]
+        parts = []
+        at_once = max(RANK_ROWS // num_rows, 1)
+        for start in range(0, count, at_once):
+            ids, mask = answer_ids[:, start : start + at_once], answer_mask[:, start : start + at_once]
+            copies = ids.shape[1]
+            # Rows that look at one question are spread over copies of the batch: row r looks at r % B.
+            flat_ids, flat_mask = ids.transpose(0, 1).flatten(0, 1), mask.transpose(0, 1).flatten(0, 1)
+            hidden = self.answer_decoder.decode(flat_ids, flat_mask, [(keys, copies)])
+            logits = self.lm_head(hidden, self.answer_decoder.embedding.word.weight)
+            losses = F.cross_entropy(
+                at_least_float32(logits).flatten(0, 1),
+                decoder_labels(flat_ids, flat_mask).flatten(),
+                reduction="none",
+                label_smoothing=self.config.label_smoothing,
+            )
+            parts.append(-losses.view(copies, num_rows, -1).sum(dim=2).T)
+        return torch.cat(parts, dim=1).view(num_rows, count)
+
+    # Weights
+
+    def blocks(self) -> list[nn.Module]:
+        """The tower's blocks and the layers of both text transformers."""
+        return [*self.vision.blocks(), *self.text.blocks(), *self.answer_decoder.blocks()]
+
+    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
+        """Load the tower from `vit_init_from` and both text transformers from `med.init_from`."""
+        report = self.vision.load_initial(data_root)
+        source = self.config.med.init_from
+        if source:
+            place = str(find_file(source, data_root) or source)
+            report.append(load_bert(self.text.bert_parts("encode"), None, place))
+            report.append(load_bert(self.answer_decoder.bert_parts("decode"), self.lm_head, place))
+        return report

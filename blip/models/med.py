@@ -1,0 +1,262 @@
+"""MED, BLIP's mixture of encoder and decoder (section 3.1): one text transformer with three modes.
+
+    unimodal encoder          mode encode, no images     sees all of the text             starts with [CLS]
+    image-grounded encoder    mode encode, images        text, then the image             starts with [ENC]
+    image-grounded decoder    mode decode, images        its own past, then the image     starts with [DEC]
+
+The mask decides what the text sees (`layers/masks.py`), the mode which parameters are used. Encoder and
+decoder share all but self-attention. The sharing is in the construction: a part that the decoder does not
+have for itself is the encoder's, so every parameter exists once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from blip.config.schema import SectionError
+from blip.layers.attention import Attention, ImageKeys, KeyValue, PairAttention, Segment
+from blip.layers.masks import causal_mask, padding_mask
+from blip.layers.text import FeedForward, TextEmbedding, init_bert
+from blip.models.bert_init import BertConfig, BertParts
+from blip.models.narrate import decoder_input
+
+Mode = Literal["encode", "decode"]
+
+DECODER_HAS = {
+    "all": (),
+    "all_but_sa": ("self_attn",),
+    "all_but_ca": ("cross_attn",),
+    "none": ("self_attn", "cross_attn", "ffn"),
+}
+"""Sharing (BLIP, table 3) -> parts of a layer that the decoder has for itself."""
+
+
+@dataclass
+class MedConfig(BertConfig):
+    """Sizes of the text transformer; the defaults are BERT-base's."""
+
+    section: ClassVar[str] = "model.med"
+
+
+class MedOutput(NamedTuple):
+    """Result of one pass."""
+
+    states: Tensor
+    """(R, T, D), or (R, 1, D) where only the first token was asked for."""
+    cache: list[KeyValue]
+    """Self-attention keys and values per layer, of the positions of this pass."""
+
+
+class Parts(NamedTuple):
+    """Makes the parts of one layer."""
+
+    config: BertConfig
+    image_width: int | None
+    dropout: float
+    num_images: int
+    layer: int
+
+    def new(self, part: str) -> nn.Module | None:
+        """`self_attn`, `cross_attn` (None where there are no images) or `ffn`."""
+        config = self.config
+        sizes: dict[str, Any] = {
+            "num_heads": config.num_heads,
+            "dropout": self.dropout,
+            "norm_eps": config.norm_eps,
+        }
+        if part == "ffn":
+            return FeedForward(config.width, config.mlp_dim, self.dropout, config.norm_eps)
+        if part == "self_attn":
+            return Attention(config.width, **sizes)
+        if self.image_width is None:
+            return None
+        if self.num_images == 1:
+            return Attention(config.width, kv_width=self.image_width, **sizes)
+        upper_half = self.layer >= config.depth // 2
+        return PairAttention(config.width, kv_width=self.image_width, merge=upper_half, **sizes)
+
+
+class MedLayer(nn.Module):
+    """One block: self-attention, cross-attention to the image where there is one, feed-forward (post-norm).
+
+    Args:
+        make: makes the parts.
+        decoder_has: parts that exist a second time, for the decoder.
+    """
+
+    def __init__(self, make: Parts, decoder_has: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.self_attn, self.cross_attn, self.ffn = (
+            make.new("self_attn"),
+            make.new("cross_attn"),
+            make.new("ffn"),
+        )
+        own = {part: make.new(part) for part in decoder_has}
+        self.decode = nn.ModuleDict({part: module for part, module in own.items() if module is not None})
+
+    def part(self, name: str, mode: Mode) -> Any:
+        """The module of a part that a mode uses."""
+        return self.decode[name] if mode == "decode" and name in self.decode else getattr(self, name)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        images: list[Segment] | None,
+        mode: Mode,
+        past: KeyValue | None,
+        keep: slice,
+    ) -> tuple[Tensor, KeyValue]:
+        """(R, T, D) -> the kept positions of it, and the keys and values of this pass's positions."""
+        attention: Attention = self.part("self_attn", mode)
+        own = attention.keys_values(hidden)
+        if mask.shape[2] > 1:
+            mask = mask[:, :, keep]
+        hidden = attention(hidden[:, keep], own.behind(past), mask)
+        if images is not None:
+            hidden = self.part("cross_attn", mode)(hidden, images)
+        return self.part("ffn", mode)(hidden), own
+
+
+class Med(nn.Module):
+    """The text transformer.
+
+    Args:
+        config: sizes.
+        vocab_size: V.
+        image_width: width of the image states; None builds no cross-attention (a unimodal encoder).
+        dropout: of embeddings, attention probabilities and every sub-block's output.
+        share: what encoder and decoder share, a key of `DECODER_HAS`; None where only one of them is needed.
+        num_images: 2 for texts about two images.
+
+    Raises:
+        ConfigError: sizes that cannot be built.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        vocab_size: int,
+        image_width: int | None,
+        dropout: float = 0.1,
+        share: str | None = None,
+        num_images: Literal[1, 2] = 1,
+    ) -> None:
+        if problems := config.problems():  # it may have been changed since it was built
+            raise SectionError(config.section, problems)
+        super().__init__()
+        embedding = (vocab_size, config.width, config.max_positions, dropout, config.norm_eps)
+        self.embedding = TextEmbedding(*embedding)
+        self.decode_embedding = TextEmbedding(*embedding) if share == "none" else None
+        decoder_has = DECODER_HAS[share] if share else ()
+        parts = (Parts(config, image_width, dropout, num_images, layer) for layer in range(config.depth))
+        self.layers = nn.ModuleList(MedLayer(part, decoder_has) for part in parts)
+        init_bert(self, config.init_std)
+
+    @property
+    def dec_id(self) -> int:
+        """Id of [DEC]: the last row of the vocabulary but one, as BLIP adds it."""
+        return self.embedding.word.num_embeddings - 2
+
+    @property
+    def enc_id(self) -> int:
+        """Id of [ENC]: the last row of the vocabulary, as BLIP adds it."""
+        return self.embedding.word.num_embeddings - 1
+
+    def blocks(self) -> list[MedLayer]:
+        """The layers in order."""
+        return [cast(MedLayer, layer) for layer in self.layers]
+
+    def embedding_of(self, mode: Mode) -> TextEmbedding:
+        """The embeddings that a mode uses; the LM head is tied to the decoder's words."""
+        own = self.decode_embedding if mode == "decode" else None
+        return self.embedding if own is None else own
+
+    def bert_parts(self, mode: Mode) -> BertParts:
+        """What a BERT can start for a mode."""
+        layers = [(layer.part("self_attn", mode), layer.part("ffn", mode)) for layer in self.blocks()]
+        return BertParts(MedConfig.section, self.embedding_of(mode), layers)
+
+    def image_keys(
+        self, image_embeds: Tensor, mode: Mode = "encode", mask: Tensor | None = None, which: int = 0
+    ) -> ImageKeys:
+        """Cross-attention keys and values of states (B, P, image_width), once per layer.
+
+        Args:
+            image_embeds: what is looked at.
+            mode: whose; the same for both modes where they share cross-attention.
+            mask: bool (B, P), True = may be seen; None: all.
+            which: of two images, the first (0) or the second (1).
+        """
+        parts = [layer.part("cross_attn", mode) for layer in self.blocks()]
+        looks: list[Any] = [part.looks[which] if isinstance(part, PairAttention) else part for part in parts]
+        return ImageKeys([look.keys_values(image_embeds) for look in looks], mask)
+
+    def shares_image_keys(self) -> bool:
+        """Whether both modes look at the same keys and values."""
+        return "cross_attn" not in self.blocks()[0].decode
+
+    def unimodal(self, text_ids: Tensor, text_mask: Tensor, first_only: bool = False) -> Tensor:
+        """States of texts by themselves, (B, T, D), or (B, 1, D) of [CLS] only."""
+        return self.forward(text_ids, padding_mask(text_mask), first_only=first_only).states
+
+    def grounded(
+        self,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        images: list[tuple[ImageKeys, int]],
+        first_only: bool = False,
+        first_id: int | None = None,
+    ) -> Tensor:
+        """States of texts that look at images, (R, T, D), or (R, 1, D) of the first token only.
+
+        Args:
+            text_ids: int64 (R, T); the first ids are replaced.
+            text_mask: bool (R, T).
+            images: as of `forward`.
+            first_only: compute the last layer for the first token only.
+            first_id: what the first ids become; None: [ENC].
+        """
+        first = torch.full_like(text_ids[:, :1], self.enc_id if first_id is None else first_id)
+        ids = torch.cat([first, text_ids[:, 1:]], dim=1)
+        return self.forward(ids, padding_mask(text_mask), images, first_only=first_only).states
+
+    def decode(self, text_ids: Tensor, text_mask: Tensor, images: list[tuple[ImageKeys, int]]) -> Tensor:
+        """States that predict each text's next tokens, (R, T - 1, D): [DEC] first, without the last token."""
+        ids, mask = decoder_input(text_ids, text_mask, self.dec_id)
+        return self.forward(ids, causal_mask(mask), images, "decode").states
+
+    def forward(
+        self,
+        text_ids: Tensor,
+        mask: Tensor,
+        images: list[tuple[ImageKeys, int]] | None = None,
+        mode: Mode = "encode",
+        past: list[KeyValue] | None = None,
+        start: int | Tensor = 0,
+        first_only: bool = False,
+    ) -> MedOutput:
+        """One pass over text.
+
+        Args:
+            text_ids: int64 (R, T).
+            mask: bool, broadcastable to (R, 1, T, S + T), True = may attend; S cached positions come first.
+            images: keys of images and how many rows in a row look at each (`Segment`), or those of the first
+                and of the second images; None: text alone.
+            mode: whose parameters.
+            past: cached keys and values per layer.
+            start: position of the first token, or int64 (R,).
+            first_only: compute the last layer for the first token only.
+        """
+        hidden = self.embedding_of(mode)(text_ids, start)
+        cache = []
+        for i, layer in enumerate(self.blocks()):
+            segments = [keys.segment(i, copies) for keys, copies in images] if images else None
+            keep = slice(0, 1) if first_only and i == len(self.layers) - 1 else slice(None)
+            hidden, own = layer(hidden, mask, segments, mode, past[i] if past else None, keep)
+            cache.append(own)
+        return MedOutput(hidden, cache)
