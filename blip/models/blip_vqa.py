@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip.batch import Output
-from blip.errors import UsageError
+from blip.errors import UsageError, hint
 from blip.layers.attention import ImageKeys
+from blip.layers.decoding import candidate_scores, shortlist
 from blip.layers.text import LMHead, init_bert
-from blip.losses import at_least_float32
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import BlipConfig
+from blip.models.generate import decoding, write
 from blip.models.med import Med
 from blip.models.narrate import answer_loss, decoder_labels
 from blip.models.tokenizer import DEC, ENC
 from blip.models.vision import VisionTower, find_file
 from blip.registry import MODELS
 
+METHODS = ("rank", "generate")
 RANK_ROWS = 1024
 """Candidates that are scored at once."""
 
@@ -38,6 +39,9 @@ class BlipVqaConfig(BlipConfig):
 
     label_smoothing: float = 0.1
     """Of the loss, and of the scores of candidates, as in BLIP."""
+    generate_attends_padding: bool = False
+    """Let generated answers look at the padding of questions, as the original code, LAVIS and Hugging Face
+    do; answers then depend on the other questions of the batch."""
 
     def problems(self) -> list[str]:
         """Values that cannot be used."""
@@ -124,6 +128,62 @@ class BlipVqa(BlipModel):
 
     # Inference
 
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 3,
+        inference_method: str = "rank",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: list[str] | None = None,
+        length_penalty: float = 1.0,
+        prompt: str = "",
+    ) -> list[str]:
+        """An answer to each question.
+
+        Args:
+            samples: `image` (B, 3, H, W) or `image_embeds`; `text_input`, or `text_ids` and `text_mask`.
+            num_beams: answers that are followed at once (`generate`).
+            inference_method: `rank` the candidates of `answer_list`, or `generate`.
+            max_len, min_len: length of a generated answer in tokens, [DEC] included.
+            num_ans_candidates: how many candidates are scored in full.
+            answer_list: candidates.
+            length_penalty: as of `BlipCaption.generate`.
+            prompt: put around each question, which stands where the prompt has `{}`; else in front of it.
+
+        Raises:
+            UsageError: unknown method, or no candidates to rank.
+        """
+        if inference_method not in METHODS:
+            raise UsageError(f"inference_method: {inference_method!r}{hint(inference_method, METHODS)}")
+        if prompt and "text_input" in samples:
+            questions = samples["text_input"]
+            questions = [questions] if isinstance(questions, str) else questions
+            texts = [prompt.format(q) if "{}" in prompt else prompt + q for q in questions]
+            samples = {k: v for k, v in samples.items() if k not in ("text_ids", "text_mask")}
+            samples["text_input"] = texts
+        keys = self.question_keys(self.with_text(samples))
+        if inference_method == "rank":
+            if not answer_list:
+                raise UsageError("answer_list: ranking needs candidates; give them, or generate answers")
+            return self.rank_answers(keys, answer_list, num_ans_candidates)
+        rules = decoding(
+            self.word_pieces,
+            use_nucleus_sampling=False,
+            num_beams=num_beams,
+            max_length=max_len,
+            min_length=min_len,
+            length_penalty=length_penalty,
+        )
+        if self.config.generate_attends_padding:
+            keys = keys._replace(mask=None)
+        start = torch.zeros(keys.rows, 1, dtype=torch.int64, device=self.device)  # becomes [DEC]
+        once = torch.ones_like(start, dtype=torch.bool)
+        written = write(self.answer_decoder, self.lm_head, keys, start, once, rules, None)
+        return self.word_pieces.decode(written.ids)
+
     def rank_answers(self, keys: ImageKeys, answer_list: list[str], num_candidates: int) -> list[str]:
         """The most likely of `answer_list` for each question (BLIP, section 5.3).
 
@@ -147,8 +207,7 @@ class BlipVqa(BlipModel):
         start = first_ids.new_full((keys.rows, 1), self.answer_decoder.dec_id)
         once = torch.ones_like(start, dtype=torch.bool)[:, None, None]
         states = self.answer_decoder(start, once, [(keys, 1)], "decode").states
-        logits = self.lm_head(states[:, 0], self.answer_decoder.embedding.word.weight)
-        return logits[:, first_ids].topk(min(count, len(first_ids)), dim=1).indices
+        return shortlist(self._logits(states[:, 0]), first_ids, count)
 
     def score_answers(self, keys: ImageKeys, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """Negative summed losses (B, k) of k candidates for each of B questions; ids and mask (B, k, L)."""
@@ -161,15 +220,13 @@ class BlipVqa(BlipModel):
             # Rows that look at one question are spread over copies of the batch: row r looks at r % B.
             flat_ids, flat_mask = ids.transpose(0, 1).flatten(0, 1), mask.transpose(0, 1).flatten(0, 1)
             hidden = self.answer_decoder.decode(flat_ids, flat_mask, [(keys, copies)])
-            logits = self.lm_head(hidden, self.answer_decoder.embedding.word.weight)
-            losses = F.cross_entropy(
-                at_least_float32(logits).flatten(0, 1),
-                decoder_labels(flat_ids, flat_mask).flatten(),
-                reduction="none",
-                label_smoothing=self.config.label_smoothing,
-            )
-            parts.append(-losses.view(copies, num_rows, -1).sum(dim=2).T)
+            labels, smoothing = decoder_labels(flat_ids, flat_mask), self.config.label_smoothing
+            scores = candidate_scores(self._logits(hidden[labels != -100]), labels, smoothing)
+            parts.append(scores.view(copies, num_rows).T)
         return torch.cat(parts, dim=1).view(num_rows, count)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self.lm_head(states, self.answer_decoder.embedding.word.weight)
 
     # Weights
 

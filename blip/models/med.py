@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from blip.config.schema import SectionError
 from blip.layers.attention import Attention, ImageKeys, KeyValue, PairAttention, Segment
+from blip.layers.cache import TokenCache
 from blip.layers.masks import causal_mask, padding_mask
 from blip.layers.text import FeedForward, TextEmbedding, init_bert
 from blip.models.bert_init import BertConfig, BertParts
@@ -102,24 +103,23 @@ class MedLayer(nn.Module):
         """The module of a part that a mode uses."""
         return self.decode[name] if mode == "decode" and name in self.decode else getattr(self, name)
 
+    def keys_values(self, hidden: Tensor, mode: Mode) -> KeyValue:
+        """Self-attention keys and values of states (R, T, D)."""
+        return self.part("self_attn", mode).keys_values(hidden)
+
     def forward(
         self,
         hidden: Tensor,
-        mask: Tensor,
+        source: KeyValue | list[Segment],
+        mask: Tensor | None,
         images: list[Segment] | None,
         mode: Mode,
-        past: KeyValue | None,
-        keep: slice,
-    ) -> tuple[Tensor, KeyValue]:
-        """(R, T, D) -> the kept positions of it, and the keys and values of this pass's positions."""
-        attention: Attention = self.part("self_attn", mode)
-        own = attention.keys_values(hidden)
-        if mask.shape[2] > 1:
-            mask = mask[:, :, keep]
-        hidden = attention(hidden[:, keep], own.behind(past), mask)
+    ) -> Tensor:
+        """States (R, T, D) that look at `source`, then at the images. -> (R, T, D)."""
+        hidden = self.part("self_attn", mode)(hidden, source, mask)
         if images is not None:
             hidden = self.part("cross_attn", mode)(hidden, images)
-        return self.part("ffn", mode)(hidden), own
+        return self.part("ffn", mode)(hidden)
 
 
 class Med(nn.Module):
@@ -236,27 +236,50 @@ class Med(nn.Module):
         mask: Tensor,
         images: list[tuple[ImageKeys, int]] | None = None,
         mode: Mode = "encode",
-        past: list[KeyValue] | None = None,
-        start: int | Tensor = 0,
         first_only: bool = False,
     ) -> MedOutput:
         """One pass over text.
 
         Args:
             text_ids: int64 (R, T).
-            mask: bool, broadcastable to (R, 1, T, S + T), True = may attend; S cached positions come first.
+            mask: bool, broadcastable to (R, 1, T, T), True = may attend.
             images: keys of images and how many rows in a row look at each (`Segment`), or those of the first
                 and of the second images; None: text alone.
             mode: whose parameters.
-            past: cached keys and values per layer.
-            start: position of the first token, or int64 (R,).
             first_only: compute the last layer for the first token only.
         """
-        hidden = self.embedding_of(mode)(text_ids, start)
+        hidden = self.embedding_of(mode)(text_ids)
         cache = []
         for i, layer in enumerate(self.blocks()):
             segments = [keys.segment(i, copies) for keys, copies in images] if images else None
-            keep = slice(0, 1) if first_only and i == len(self.layers) - 1 else slice(None)
-            hidden, own = layer(hidden, mask, segments, mode, past[i] if past else None, keep)
+            own = layer.keys_values(hidden, mode)
+            if first_only and i == len(self.layers) - 1:
+                hidden, mask = hidden[:, :1], mask[:, :, :1]
+            hidden = layer(hidden, own, mask, segments, mode)
             cache.append(own)
         return MedOutput(hidden, cache)
+
+    def step(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        cache: TokenCache,
+        images: list[tuple[ImageKeys, int]],
+        mode: Mode = "decode",
+    ) -> Tensor:
+        """States (R, D) of one more token per row, which looks at the cached ones (generation).
+
+        Args:
+            tokens: int64 (R,).
+            position: int64 (R,), their places in the texts.
+            cache: of the tokens before; these are added.
+            images: as of `forward`.
+            mode: whose parameters.
+        """
+        hidden = self.embedding_of(mode)(tokens[:, None], position)  # (R, 1, D)
+        cache.advance()
+        for i, layer in enumerate(self.blocks()):
+            segments = [keys.segment(i, copies) for keys, copies in images]
+            source = cache.add(i, layer.keys_values(hidden, mode))
+            hidden = layer(hidden, source, None, segments, mode)
+        return hidden[:, 0]
