@@ -36,6 +36,16 @@ class Sizes(NamedTuple):
     """Dotted keys that these tensors do not tell and that no published size suggests."""
 
 
+class Adopted(NamedTuple):
+    """Weights that a model takes over."""
+
+    tensors: dict[str, Tensor]
+    left_out: dict[str, str]
+    """Name of a tensor that has no place in the model -> why."""
+    kept: list[str]
+    """Names of the model's tensors that the weights say nothing of: they keep their values."""
+
+
 class BlipModel(nn.Module):
     """Networks plus `forward(batch) -> Output`; `forward` reads state, `after_step` changes it.
 
@@ -133,10 +143,17 @@ class BlipModel(nn.Module):
         return {**batch, **{k: v.to(self.device) for k, v in tokens.items()}}
 
     def image_states(self, batch: dict[str, Any]) -> Tensor:
-        """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place."""
+        """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place.
+
+        Frames of videos, `image` (B, F, 3, H, W), give the states of all frames one after the other,
+        (B, F * P, D_image), as BLIP reads videos.
+        """
         if "image_embeds" in batch:
             return batch["image_embeds"]
-        return self.vision(batch["image"])
+        image = batch["image"]
+        if image.ndim == 5:
+            return self.vision(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1, 2)
+        return self.vision(image)
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:
         """Load what the parts start from (pretrained tower, BERT); returns one line of report per part.
@@ -150,6 +167,10 @@ class BlipModel(nn.Module):
     def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
         """Load those of the `freezable` parts that a weight file has left out; else as `load_parts`."""
         return []
+
+    def adopt(self, tensors: dict[str, Tensor]) -> Adopted:
+        """Weights by our names, of this model or of a relative, as far as this model has a place for them."""
+        return Adopted(tensors, {}, [])
 
     def replace(self, names: Collection[str]) -> list[str]:
         """Make those of the `replaceable` tensors that a weight file lacks; a line of report per kind."""

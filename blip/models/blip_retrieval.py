@@ -142,9 +142,13 @@ class BlipRetrieval(BlipModel):
     def views(self, batch: dict[str, Any]) -> Views:
         """The tower's pass, the unimodal text pass, and the images' keys and values."""
         states = self.image_states(batch)
-        image = F.normalize(at_least_float32(self.vision_proj(states[:, :1])), dim=-1)  # (B, 1, E)
-        feats = Features(image, self.text_feats(batch))
+        feats = Features(self.image_feats(states), self.text_feats(batch))
         return Views(states, feats, self.text.image_keys(states))
+
+    def image_feats(self, states: Tensor) -> Tensor:
+        """(B, 1, E), unit norm, from [CLS]; of a video, from the mean over its frames."""
+        frames = states.unflatten(1, (-1, self.vision.num_tokens))[:, :, 0]  # (B, F, D_image)
+        return F.normalize(at_least_float32(self.vision_proj(frames)).mean(dim=1, keepdim=True), dim=-1)
 
     def text_feats(self, batch: dict[str, Any]) -> Tensor:
         """(B, E), unit norm, from [CLS]."""
@@ -237,7 +241,7 @@ class BlipRetrieval(BlipModel):
     def retrieval_images(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Image features (B, 1, E), and the tower's states (B, P, D_image) for `rerank`."""
         states = self.image_states(batch)
-        return F.normalize(at_least_float32(self.vision_proj(states[:, :1])), dim=-1), states
+        return self.image_feats(states), states
 
     def retrieval_texts(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Text features (B, E)."""
