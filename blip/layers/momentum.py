@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,18 @@ class MomentumTwin(nn.ModuleDict):
     Args:
         parts: name of a part of the model -> module to hold its copy. It may lack parameters that the twin's
             passes do not need; those that it has bear the same names as the model's.
+        dropout: let dropout and drop path act in the twin as in the model, as BLIP trains; else they rest.
     """
 
-    def __init__(self, parts: dict[str, nn.Module]) -> None:
+    def __init__(self, parts: dict[str, nn.Module], dropout: bool = True) -> None:
         super().__init__(parts)
         self.requires_grad_(False)
+        self._dropout = dropout
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, where its dropout acts at all."""
+        return super().train(mode and self._dropout)
 
     @torch.no_grad()
     def copy_from(self, model: nn.Module, names: Collection[str] | None = None) -> None:

@@ -39,6 +39,8 @@ class BlipClassificationConfig(BlipConfig):
     """Mix the targets with the opinion of a momentum twin."""
     momentum: float = 0.995
     """The twin keeps this share of itself at each step."""
+    twin_dropout: bool = True
+    """Dropout and drop path also act in the twin while training, as in LAVIS."""
     alpha: float = 0.4
     """Share of the twin's opinion in the targets, after a linear ramp from 0 over the first epoch."""
 
@@ -71,7 +73,8 @@ class BlipClassification(BlipModel):
         self.twin: MomentumTwin | None = None
         if config.use_distill:
             tower, head = VisionTower(config.tower()), _head(config.med.width, config.num_classes)
-            self.twin = MomentumTwin({"vision": tower, "text": self._text(), "cls_head": head})
+            parts = {"vision": tower, "text": self._text(), "cls_head": head}
+            self.twin = MomentumTwin(parts, config.twin_dropout)
             self.twin.copy_from(self)
 
     def _text(self) -> Med:

@@ -96,6 +96,9 @@ class MomentumConfig(BlipConfig):
     """Pairs of features that the queue keeps (K)."""
     momentum: float = 0.995
     """The twin keeps this share of itself at each step."""
+    twin_dropout: bool = True
+    """Dropout and drop path also act in the twin while training, as in BLIP; false: its opinion and what it
+    puts into the queue are free of that noise."""
     alpha: float = 0.4
     """Share of the twin's opinion in the ITC targets, after a linear ramp from 0."""
     alpha_ramp_epochs: float = 2.0

@@ -124,7 +124,8 @@ class BlipRetrieval(BlipModel):
                 "text": Med(config.med, vocab_size, None, config.dropout),
                 "vision_proj": nn.Linear(self.vision.width, config.embed_dim),
                 "text_proj": nn.Linear(width, config.embed_dim),
-            }
+            },
+            config.twin_dropout,
         )
         self.twin.copy_from(self)
         self.queue = FeatureQueue(config.queue_size, config.embed_dim)
