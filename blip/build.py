@@ -18,6 +18,7 @@ from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
 from blip.data.sources import available_splits, build_dataset, require_files
+from blip.engine.cached import Cacheable
 from blip.engine.checkpoint import Checkpoints, load_model, read_part, read_state
 from blip.engine.dry_run import dry_run
 from blip.engine.parallel import Parallel, pick_device
@@ -87,6 +88,11 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
     try:
         model = build_model(config, parallel.device)
         task.check(model)
+        if config.run.accum_mode == "cached" and not isinstance(model, Cacheable):
+            raise ConfigError(
+                f"run.accum_mode: model.arch {config.model.arch!r} has no loss of a whole batch to cache; use"
+                " mean"
+            )
         skips = SkipLog(tracker.folder, config.run.max_bad_ratio)
         loader = None if config.run.evaluate else build_loader(config, model, parallel.device, skips)
         evaluations = {

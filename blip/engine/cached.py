@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 Seed = Callable[[int], None]
 
 
+@runtime_checkable
 class Cacheable(Protocol):
     """The steps of a contrastive model's forward pass that cached accumulation runs one by one."""
 
