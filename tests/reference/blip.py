@@ -8,6 +8,7 @@ The training step goes as LAVIS's: the twin moves at the start of a step, the qu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -219,7 +220,13 @@ class PlainBlip:
         self.model.temp.data.clamp_(self.config.min_temp, self.config.max_temp)
         self.move_twin()
         views = [self.views(batch) for batch in ranks]
+        everyone = {key: list(chain.from_iterable(view[key] or [] for view in views)) for key in views[0]}
         num_rows = sum(len(batch["image"]) for batch in ranks)
+        for rank, view in enumerate(views):
+            view["columns"] = everyone if self.config.itc_all_rank else view
+            view["pool"] = everyone if self.config.negative_all_rank else view
+            before = sum(len(other["ids"]) for other in views[:rank])
+            view["place"] = {id(everyone): before, id(view): 0}
         itc = torch.stack([self.itc(view, alpha) for view in views]).sum() / num_rows
         itm = torch.stack([self.itm(view) for view in views]).sum() / num_rows
         found = {"loss_itc": itc, "loss_itm": itm}
@@ -251,50 +258,60 @@ class PlainBlip:
                 view["text" + suffix] = [unit(linear(c, source, "text_proj")) for c in cls]
         return view
 
-    def wrong(self, view: dict[str, Any]) -> list[list[bool]]:
-        """Which rows of the rank show another picture."""
-        rows = range(len(view["ids"]))
-        pictures = view["pictures"] or list(rows)
-        return [[pictures[i] != pictures[j] for j in rows] for i in rows]
+    def wrong(self, view: dict[str, Any], others: dict[str, Any]) -> list[list[bool]]:
+        """Which of the other rows, the own ones among them, show another picture than each own row."""
+        first, rows, columns = view["place"][id(others)], range(len(view["ids"])), range(len(others["ids"]))
+        if view["pictures"]:
+            return [[view["pictures"][i] != others["pictures"][j] for j in columns] for i in rows]
+        return [[first + i != j for j in columns] for i in rows]
 
     def itc(self, view: dict[str, Any], alpha: float) -> Tensor:
-        """Sum over the rank's rows; columns are its twin's features, then the queue."""
-        right = [[not wrong for wrong in row] for row in self.wrong(view)]
+        """Sum over the rank's rows; columns are the twin's features of rows, then the queue."""
+        others = view["columns"]
+        right = [[not wrong for wrong in row] for row in self.wrong(view, others)]
         pictures = view["pictures"] or [None] * len(right)
         right = [
             [*row, *(picture is not None and entry["id"] == picture for entry in self.queue)]
             for row, picture in zip(right, pictures, strict=True)
         ]
         columns = {
-            kind: view[f"{kind}_m"] + [entry[kind] for entry in self.queue] for kind in ("image", "text")
+            kind: others[f"{kind}_m"] + [entry[kind] for entry in self.queue] for kind in ("image", "text")
         }
         temp, total = self.model.temp, torch.zeros((), dtype=torch.double)
-        for rows, others in (("image", "text"), ("text", "image")):
-            sim = similarities(view[rows], columns[others], temp)
-            sim_m = similarities(view[f"{rows}_m"], columns[others], temp)
+        for rows, other in (("image", "text"), ("text", "image")):
+            sim = similarities(view[rows], columns[other], temp)
+            sim_m = similarities(view[f"{rows}_m"], columns[other], temp)
             total = total + itc_direction(sim, sim_m, right, alpha) / 2
-            view[f"sim_{rows}"] = sim[:, : len(right)]
+            view[f"sim_{rows}"] = sim[:, : len(others["ids"])]
         return total
 
     def itm(self, view: dict[str, Any]) -> Tensor:
         """Sum of the rank's 3B losses over 3, or over 1 + twice the share of rows that have a negative."""
-        wrong, rows = self.wrong(view), range(len(view["ids"]))
+        pool, rows = view["pool"], range(len(view["ids"]))
+        wrong, first = self.wrong(view, pool), view["place"][id(pool)]
         if self.decoder:
             sims, floor = (view["sim_image"], view["sim_text"]), FLOOR
         else:
             temp = self.model.temp
-            one = similarities(view["image"], view["text"], temp)
-            sims, floor = (one, one.T), 0.0
-        for_image, for_text = (heaviest(sim, wrong, floor) for sim in sims)
+            sims = (
+                similarities(view["image"], pool["text"], temp),
+                similarities(view["text"], pool["image"], temp),
+            )
+            floor = 0.0
+        wrong_text, wrong_image = (heaviest(sim, wrong, floor) for sim in sims)
         valid = [i for i in rows if any(wrong[i])]
-        pairs = [(i, i, 1) for i in rows]
-        pairs += [(i, for_image[i], 0) for i in valid] + [(for_text[i], i, 0) for i in valid]
+        # Image and text, as places in the pool.
+        pairs = [(first + i, first + i, 1) for i in rows]
+        pairs += [(first + i, wrong_text[i], 0) for i in valid]
+        pairs += [(wrong_image[i], first + i, 0) for i in valid]
         weights, total = dict(self.model.named_parameters()), torch.zeros((), dtype=torch.double)
         for image, text, label in pairs:
-            ids = [self.model.text.enc_id, *view["ids"][text][1:]]
-            first = med(part(weights, "text"), ids, [view["states"][image]])[0]
-            total = total + smoothed_cross_entropy(linear(first, weights, "itm_head"), label, 0.0)
-        return total / (1 + 2 * len(valid) / len(rows))
+            ids = [self.model.text.enc_id, *pool["ids"][text][1:]]
+            enc = med(part(weights, "text"), ids, [pool["states"][image]])[0]
+            total = total + smoothed_cross_entropy(linear(enc, weights, "itm_head"), label, 0.0)
+        kinds = pool["pictures"] or list(range(len(pool["ids"])))
+        share = sum(any(kind != other for other in kinds) for kind in kinds) / len(kinds)
+        return total / (1 + 2 * share)
 
     def lm(self, views: list[dict[str, Any]]) -> Tensor:
         """Mean over the tokens of all ranks."""
