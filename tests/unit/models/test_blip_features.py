@@ -1,0 +1,140 @@
+"""Features and matching: what comes out is what plain loops compute (float64, 1e-8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip.errors import UsageError
+from blip.models.blip_features import BlipFeatureExtractor, BlipImageTextMatching
+from blip.models.med import MedConfig
+from tests.reference import blip as reference
+from tests.reference.small_blip import SIZES, small_blip
+from tests.reference.small_stage1 import global_batch
+
+NEAR: dict[str, Any] = {"atol": 1e-8, "rtol": 1e-8}
+ROWS = 4
+
+
+def projected(model: Any, states: Tensor, name: str) -> Tensor:
+    """Every state in the contrastive space, (T, E), of unit length."""
+    weights = dict(model.named_parameters())
+    return torch.stack([reference.unit(reference.linear(state, weights, name)) for state in states])
+
+
+def med_states(
+    model: Any, batch: dict[str, Any], row: int, image: Tensor | None, first: int | None
+) -> Tensor:
+    ids = reference.real(batch, row)
+    ids = ids if first is None else [first, *ids[1:]]
+    text = reference.part(dict(model.named_parameters()), "text")
+    return reference.med(text, ids, [] if image is None else [image])
+
+
+@torch.no_grad()
+def test_features_of_the_three_modes_are_those_of_plain_loops() -> None:
+    model, batch = small_blip("features").eval(), global_batch(ROWS, ids=False)
+    image, text, both = (model.extract_features(batch, mode=m) for m in ("image", "text", "multimodal"))
+    assert list(image) == ["image_embeds", "image_embeds_proj"]
+    assert list(text) == ["text_embeds", "text_embeds_proj"]
+    assert list(both) == ["multimodal_embeds"]
+    torch.testing.assert_close(image.image_embeds, model.vision(batch["image"]))
+    for row in range(ROWS):
+        states = image.image_embeds[row]
+        torch.testing.assert_close(
+            image.image_embeds_proj[row], projected(model, states, "vision_proj"), **NEAR
+        )
+        alone = med_states(model, batch, row, None, None)
+        torch.testing.assert_close(text.text_embeds[row, : len(alone)], alone, **NEAR)
+        proj = projected(model, alone, "text_proj")
+        torch.testing.assert_close(text.text_embeds_proj[row, : len(alone)], proj, **NEAR)
+        looking = med_states(model, batch, row, states, model.text.enc_id)
+        torch.testing.assert_close(both.multimodal_embeds[row, : len(looking)], looking, **NEAR)
+    assert torch.equal(model(batch).multimodal_embeds, both.multimodal_embeds)
+
+
+@torch.no_grad()
+def test_lavis_samples_give_features_of_all_their_words() -> None:
+    med = MedConfig(**{**SIZES["med"], "max_positions": 40})
+    model = small_blip("features", tokenizer="scenes", vocab_size=None, max_txt_len=5, med=med).eval()
+    samples = {
+        "image": torch.randn(1, 3, 16, 16, dtype=torch.double),
+        "text_input": "a red circle and a star",
+    }
+    assert model.extract_features(samples, mode="text").text_embeds.shape == (1, 8, 16)  # not cut at 5
+    assert model.extract_features(samples).multimodal_embeds.shape == (1, 8, 16)
+    with pytest.raises(UsageError, match="unknown mode 'multi'"):
+        model.extract_features(samples, mode="multi")
+
+
+# Matching
+
+
+@pytest.mark.parametrize(("token", "first"), [("enc", 39), ("cls", None)])
+@torch.no_grad()
+def test_pairs_are_judged_by_the_first_token(token: str, first: int | None) -> None:
+    """[ENC], as in training; the original code and transformers leave [CLS] at inference."""
+    model, batch = small_blip("matching", itm_token=token).eval(), global_batch(ROWS, ids=False)
+    if first is None:
+        model._word_pieces = Pieces
+        batch["text_ids"][:, 0] = Pieces.cls_id
+    states, weights = model.vision(batch["image"]), dict(model.named_parameters())
+    logits = model(batch)
+    scores = model.compute_itm(states, batch["text_ids"], batch["text_mask"].long())
+    for row in range(ROWS):
+        seen = med_states(model, batch, row, states[row], first)
+        wanted = reference.linear(seen[0], weights, "itm_head")
+        torch.testing.assert_close(logits[row], wanted, **NEAR)
+        torch.testing.assert_close(scores[row], wanted[1], **NEAR)
+
+
+class Pieces:
+    """Stands for a tokenizer of the small vocabulary."""
+
+    cls_id = 5
+    vocab_size = 40
+
+
+@torch.no_grad()
+def test_cosines_are_those_of_all_pictures_with_all_texts() -> None:
+    model, batch = small_blip("matching").eval(), global_batch(ROWS, ids=False)
+    states, sims = model.vision(batch["image"]), model(batch, match_head="itc")
+    for i in range(ROWS):
+        for j in range(ROWS):
+            image = projected(model, states[i, :1], "vision_proj")[0]
+            text = projected(model, med_states(model, batch, j, None, None)[:1], "text_proj")[0]
+            torch.testing.assert_close(sims[i, j], torch.dot(image, text), **NEAR)
+    with pytest.raises(UsageError, match="unknown head 'itn'"):
+        model(batch, match_head="itn")
+
+
+@torch.no_grad()
+def test_texts_of_different_lengths_are_judged_as_each_alone() -> None:
+    model, batch = small_blip("matching").eval(), global_batch(ROWS, ids=False)
+    together = model(batch)
+    for row in range(ROWS):
+        length = int(batch["text_mask"][row].sum())
+        alone = {
+            "image": batch["image"][row : row + 1],
+            "text_ids": batch["text_ids"][row : row + 1, :length],
+            "text_mask": batch["text_mask"][row : row + 1, :length],
+        }
+        torch.testing.assert_close(model(alone), together[row : row + 1], **NEAR)
+        assert model(alone, match_head="itc").shape == (1, 1)
+
+
+def test_matching_is_retrieval_without_what_trains_it() -> None:
+    given, own = small_blip("retrieval").state_dict(), small_blip("matching").state_dict()
+    assert set(given) - set(own) == {n for n in given if n.startswith(("twin.", "queue.")) or n == "temp"}
+    assert set(own) <= set(given)
+    features = small_blip("features").state_dict()
+    assert set(features) - set(own) == {"temp"}
+
+
+def test_presets_are_lavis() -> None:
+    assert BlipFeatureExtractor.presets == {"base": {"image_size": 224}}
+    assert BlipImageTextMatching.presets["base"] == {"image_size": 384}
+    assert BlipImageTextMatching.presets["large"]["vit_type"] == "large"
