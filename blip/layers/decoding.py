@@ -121,7 +121,7 @@ class Draws(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What was written, an item's texts together and the best one first."""
+    """What was written, an item's texts together; those of beams the best one first."""
 
     ids: Tensor
     """int64 (B * num_captions, L): new tokens without the prompt, the end included, then padding."""
@@ -181,8 +181,8 @@ class _Rules:
         """(B,), new tokens at most."""
         self.least = decoding.min_length - used
         """(B,), new tokens before an end."""
-        self.steps = int(self.limits.max()) if len(used) else 0
-        if len(used) and int(self.limits.min()) < 1:
+        self.first_limit, self.steps = (int(x) for x in self.limits.aminmax()) if len(used) else (0, 0)
+        if len(used) and self.first_limit < 1:
             raise DataError(
                 f"generation: a prompt of {int(used.max())} tokens leaves no room for a text: max_length"
                 f" {decoding.max_length} counts it; raise max_length or shorten the prompt"
@@ -215,8 +215,9 @@ class _Rules:
             self.seen = torch.cat([self.seen[rows], tokens[:, None]], dim=1)
 
     def time_to_look(self, step: int) -> bool:
-        """Whether to ask what is finished."""
-        return self.limits.device.type == "cpu" or step % CHECK_EVERY == CHECK_EVERY - 1
+        """Whether to ask what is finished: for free, now and then, or lest a text outgrows `max_length`."""
+        free = self.limits.device.type == "cpu"
+        return free or step % CHECK_EVERY == CHECK_EVERY - 1 or step + 1 >= self.first_limit
 
 
 def _places(done: Tensor) -> Tensor:

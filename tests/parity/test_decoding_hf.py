@@ -65,6 +65,7 @@ def sharpen(model: Any, seed: int) -> Any:
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data = torch.randn_like(parameter) * 1.5 / parameter.shape[1] ** 0.5
+    model.get_output_embeddings().weight.data[END] *= 3
     model.generation_config.eos_token_id = END
     model.generation_config.pad_token_id = PAD
     return model.eval()
@@ -142,7 +143,7 @@ def texts(ids: Tensor) -> list[list[int]]:
 @pytest.mark.parametrize("family", [gpt2, bert, blip_text])
 def test_ids_and_scores_are_those_of_transformers(family: Any, beams: int) -> None:
     lengths = set()
-    for seed in range(12):
+    for seed in range(8):
         model, looks_at = family(seed)
         setting = random_setting(seed, beams)
         prompts = torch.randint(4, VOCAB, (3, 1 + seed % 4))
@@ -169,7 +170,7 @@ def test_ids_and_scores_are_those_of_transformers(family: Any, beams: int) -> No
             sums = torch.stack([row[:n].sum() for row, n in zip(log_probs, written, strict=True)])
             torch.testing.assert_close(ours.scores, sums, atol=1e-4, rtol=1e-4)
         lengths |= {len(text) for text in texts(ours.ids)}
-    assert len(lengths) > 4  # early and late ends were both compared
+    assert len(lengths) > 3  # early and late ends were both compared
 
 
 @pytest.mark.parametrize("beams", [1, 3])
