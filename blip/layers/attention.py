@@ -68,7 +68,7 @@ class Segment:
     source: KeyValue
     copies: int = 1
     mask: Tensor | None = None
-    """bool (B, 1, 1, S), True = may be seen; None: all of the source."""
+    """bool (B, 1, 1, S), or (B, 1, copies, S) for rows of one token each; True = may be seen, None = all."""
 
     @property
     def rows(self) -> int:

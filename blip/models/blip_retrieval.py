@@ -101,7 +101,6 @@ class BlipRetrieval(BlipModel):
     }
     added_tokens = (DEC, ENC)
     replaceable = ("twin.", "queue.")
-    share: ClassVar[str | None] = None
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
 
