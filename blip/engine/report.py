@@ -30,7 +30,7 @@ from blip.errors import DataError
 
 THUMBNAIL_SIDE = 160
 MAX_SAMPLES = 12
-"""Samples shown of each split."""
+"""Samples, and failures, shown of each split."""
 MAX_COLUMNS = 6
 """Evaluations shown side by side in a table."""
 
@@ -39,14 +39,15 @@ Line = dict[str, Any]
 _FIRST_CHARTS = ("loss", "loss_itc", "loss_itm", "loss_lm", "itc_acc", "itm_acc", "lr", "grad_norm")
 _NO_FIGURES = ("split", "step", "epoch")
 _DATA_URI = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/]+=*")
-_NAMES = ("image", "index", "image_id", "instance_id", "score")
+_NAMES = ("image", "images", "index", "image_id", "instance_id", "question_id", "score", "right")
 
 
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run folder from what lies there; returns its path.
 
-    Pictures of samples are those that predictions name under `image`: a path, absolute or from the run
-    folder, or a `data:` URI as `thumbnail` makes it.
+    Pictures of samples are those that predictions name under `image` or `images`: a path, absolute or from
+    the run folder, or a `data:` URI as `thumbnail` makes it. A prediction failed if `right` says so, or if
+    the first that it `found` is not among the `truth`.
 
     Raises:
         DataError: no run in that folder.
@@ -164,20 +165,34 @@ def _samples(folder: Path) -> str:
         step = int(found[2] or 0)
         if step >= newest.get(found[1], (-1, path))[0]:
             newest[found[1]] = (step, path)
-    parts = []
+    samples, failures = [], []
     for name, (_, path) in newest.items():
         predictions = _predictions(path)
-        with_image = [p for p in predictions if p.get("image")] or predictions
-        every = max(len(with_image) // MAX_SAMPLES, 1)
-        cards = [_card(folder, p) for p in with_image[::every][:MAX_SAMPLES]]
-        if cards:
-            parts.append(f'<h3>{escape(name)}</h3><div class="cards">{"".join(cards)}</div>')
-    return _section("Samples", parts)
+        samples.append(_cards(folder, escape(name), predictions))
+        failed = [p for p in predictions if _failed(p)]
+        failures.append(_cards(folder, f"{escape(name)}: {len(failed)} of {len(predictions)}", failed))
+    return _section("Samples", samples) + _section("Failures", failures)
+
+
+def _cards(folder: Path, title: str, predictions: Sequence[Mapping[str, Any]]) -> str:
+    """Some of the predictions, evenly spread; those with a picture first."""
+    shown = [p for p in predictions if p.get("image") or p.get("images")] or predictions
+    every = max(len(shown) // MAX_SAMPLES, 1)
+    cards = [_card(folder, p) for p in shown[::every][:MAX_SAMPLES]]
+    return f'<h3>{title}</h3><div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _failed(prediction: Mapping[str, Any]) -> bool:
+    if "right" in prediction:
+        return not prediction["right"]
+    found, truth = _texts(prediction.get("found")), _texts(prediction.get("truth"))
+    return bool(found and truth) and found[0] not in truth
 
 
 def _card(folder: Path, prediction: Mapping[str, Any]) -> str:
-    picture = _picture(folder, prediction.get("image"))
-    parts = [f'<img src="{picture}" alt="">'] if picture else []
+    images = prediction.get("images") or [prediction.get("image")]
+    pictures = [_picture(folder, image) for image in images if image] if isinstance(images, list) else []
+    parts = [f'<img src="{picture}" alt="">' for picture in pictures if picture]
     truth = _texts(prediction.get("truth"))
     for key, value in prediction.items():
         if key in _NAMES or value is None or value == []:
