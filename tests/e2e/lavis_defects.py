@@ -6,6 +6,7 @@ They are those that one finds by reading LAVIS at commit 506965b (November 2024)
 from __future__ import annotations
 
 HERE = "e2e/test_lavis_defects.py::"
+MOMENTUM, RETRIEVAL = "unit/models/test_blip_pretrain.py::", "unit/models/test_blip_retrieval.py::"
 RESUME = "e2e/test_resume.py::test_a_run_killed_at_random_moments_and_resumed_is_the_uninterrupted_one"
 LOADER, LOSSES = "unit/data/test_loader.py::", "unit/test_losses.py::"
 OPTIM, VIT = "unit/engine/test_optim.py::", "unit/layers/test_vit.py::"
@@ -192,4 +193,50 @@ SHOWN: dict[str, list[str]] = {
         "test_floors.py::test_import_blip_loads_nothing_heavy_and_opens_no_socket"
     ],
     "tests download": ["test_network_guard.py::test_foreign_names_are_not_resolved"],
+    # BLIP
+    "the queue has to be a multiple of the batch, and one of size 0 fails": [
+        "unit/layers/test_momentum.py::test_the_queue_holds_the_newest_pairs_whatever_the_batches",
+        "unit/layers/test_momentum.py::test_a_queue_of_size_0_stays_empty",
+        MOMENTUM + "test_any_batch_goes_with_any_queue",
+        "e2e/test_blip_resume.py::test_a_last_batch_of_one_and_batches_larger_than_the_queue_train",
+    ],
+    "the momentum twin is not saved, and its absence ends a resumed run": [
+        "e2e/test_blip_resume.py::test_a_run_that_was_stopped_and_killed_is_the_uninterrupted_one",
+        "e2e/test_blip_resume.py::test_twin_and_queue_of_a_checkpoint_are_of_this_run",
+    ],
+    "twin and queue move before it is known whether the step is finite": [
+        MOMENTUM + "test_forward_and_backward_change_nothing",
+        "e2e/test_blip_resume.py::test_a_skipped_step_changes_neither_twin_nor_queue",
+    ],
+    "where no negative has a weight, drawing one fails": [
+        RETRIEVAL + "test_similarities_that_leave_nothing_still_give_a_negative",
+        RETRIEVAL + "test_a_batch_of_one_picture_has_pairs_only",
+    ],
+    "the twin's opinion has the noise of dropout": [
+        MOMENTUM + "test_dropout_acts_in_the_twin_as_in_blip_unless_it_is_switched_off"
+    ],
+    "classification without a twin fails": [
+        "unit/models/test_blip_classification.py::test_loss_and_gradients_are_those_of_plain_loops"
+    ],
+    "drop path of the large tower cannot be changed": [
+        MOMENTUM + "test_the_drop_path_that_is_asked_for_is_the_one_of_both_towers"
+    ],
+    "answers of Visual Genome count five times what they do in BLIP": [
+        "unit/models/test_blip_vqa.py::test_the_loss_is_per_question_so_that_weights_count"
+    ],
+    "each tensor of the twin is made anew at each step": [
+        "unit/layers/test_momentum.py::test_following_keeps_the_tensors_and_is_one_operation"
+    ],
+    "pairs and negatives are judged in two passes": [
+        MOMENTUM + "test_a_step_has_one_pass_for_all_pairs_and_computes_keys_once"
+    ],
+    "features of pictures and of texts travel one after the other": [
+        MOMENTUM + "test_features_of_both_kinds_travel_together"
+    ],
+    "negatives of BLIP are drawn by a read-back from the device for each sample": [
+        MOMENTUM + "test_a_step_reads_nothing_back_from_the_device"
+    ],
+    "a match is judged by [CLS], which was not trained for it": [
+        "unit/models/test_blip_features.py::test_pairs_are_judged_by_the_first_token"
+    ],
 }

@@ -6,18 +6,21 @@ That the losses are right is shown in `tests/parity/test_blip_pretrain_reference
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertForMaskedLM
 
 from blip import dist
 from blip.errors import ConfigError
 from blip.losses import argmax_sampler
 from blip.models.blip_pretrain import NEGATIVE_FLOOR, BlipPretrain, BlipPretrainConfig
+from blip.models.med import Med, MedConfig
 from tests.reference.small_blip import MODELS, SIZES, small_blip, steps_of
-from tests.reference.small_stage1 import assert_same, global_batch, gradients, part_of
+from tests.reference.small_stage1 import VOCAB, assert_same, global_batch, gradients, part_of
 
 FIGURES = {"loss", "loss_itc", "loss_itm", "loss_lm", "itc_acc", "itm_acc", "temp", "alpha"}
 KINDS = ["pretrain", "retrieval"]
@@ -270,3 +273,115 @@ def test_values_that_cannot_be_used_are_named(values: dict[str, Any], message: s
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(ConfigError, match="no preset 'huge'"):
         BlipPretrain.from_preset("huge")
+
+
+# What a step costs
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """Calls of a function from now on, by the number of rows of their first tensor."""
+    calls: list[Any] = []
+    original = getattr(owner, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(next(arg for arg in args if isinstance(arg, Tensor))))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, noted)
+    return calls
+
+
+def test_a_step_has_one_pass_for_all_pairs_and_computes_keys_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLIP has two passes for pairs and computes an image's keys for each pair and for the decoder again."""
+    model, batch = small_blip("pretrain"), global_batch(4, ids=True)
+    passes, keys = counted(monkeypatch, Med, "forward"), counted(monkeypatch, Med, "image_keys")
+    model(batch)
+    assert passes == [4, 4, 4, 12]  # text alone, the twin's, the decoder's, and all pairs
+    assert keys == [4]
+
+
+@pytest.mark.parametrize(("ids", "calls"), [(False, [4]), (True, [4, 4])])
+def test_features_of_both_kinds_travel_together(
+    ids: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One collective for the queue's features, and one for picture numbers, which are integers."""
+    gathers = counted(monkeypatch, dist, "gather_rows")
+    small_blip("retrieval")(global_batch(4, ids=ids))
+    assert gathers == calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_nothing_back_from_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAVIS reads each negative back, twice per pair."""
+    model, batch = small_blip(kind), part_of(global_batch(8, ids=True), 0, 8)
+    batch["num_targets"] = int(batch["text_mask"][:, 1:].sum())  # the trainer counts them before the copy
+    reads: list[str] = []
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+        original = getattr(Tensor, name)
+
+        def noted(self: Tensor, *args: Any, _name: str = name, _original: Any = original, **kw: Any) -> Any:
+            reads.append(_name)
+            return _original(self, *args, **kw)
+
+        monkeypatch.setattr(Tensor, name, noted)
+    output = model(batch)
+    output["loss"].backward()
+    model.after_step([output])
+    monkeypatch.undo()
+    # On a CPU, which waits for nothing, targets of the LM loss are found by `nonzero`.
+    assert reads == (["nonzero"] if kind == "pretrain" else [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_leaves_queue_temperature_and_losses_in_float32(kind: str) -> None:
+    model, batch = small_blip(kind).float(), global_batch(8, ids=True)
+    batch["image"] = batch["image"].float()
+    whole = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(batch)
+    output.loss.backward()
+    model.after_step([output])
+    assert all(value.dtype == torch.float32 for value in output.scalars().values())
+    assert {value.dtype for value in model.queue.buffers()} == {torch.float32, torch.int64}
+    for name in ("loss_itc", "loss_itm"):
+        torch.testing.assert_close(output[name], whole[name], atol=0.1, rtol=0.05)
+
+
+# What the parts start from
+
+
+def bert_folder(folder: Path) -> Path:
+    """A BERT without [DEC] and [ENC]."""
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=VOCAB - 2,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("share", ["all", "all_but_sa", "all_but_ca", "none"])
+def test_encoder_decoder_and_twin_start_from_bert(share: str, tmp_path: Path) -> None:
+    folder = bert_folder(tmp_path / "bert")
+    med = MedConfig(**SIZES["med"], init_from=str(folder))
+    model = small_blip("pretrain", share=share, med=med)
+    assert len(model.load_parts()) >= 1
+    bert = BertForMaskedLM.from_pretrained(folder).state_dict()
+    theirs = {name.removeprefix("bert."): value.double() for name, value in bert.items()}
+    for mode in ("encode", "decode"):
+        word = model.text.embedding_of(mode).word.weight
+        assert torch.equal(word[:-2], theirs["embeddings.word_embeddings.weight"])
+        for i, layer in enumerate(model.text.blocks()):
+            query = layer.part("self_attn", mode).query.weight
+            assert torch.equal(query, theirs[f"encoder.layer.{i}.attention.self.query.weight"])
+            expand = layer.part("ffn", mode).expand.weight
+            assert torch.equal(expand, theirs[f"encoder.layer.{i}.intermediate.dense.weight"])
+    assert torch.equal(model.lm_head.transform.weight, theirs["cls.predictions.transform.dense.weight"])
+    state = model.state_dict()
+    twin = {n: v for n, v in state.items() if n.startswith("twin.")}
+    assert_same(twin, {n: state[n.removeprefix("twin.")] for n in twin}, 0.0)
