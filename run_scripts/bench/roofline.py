@@ -1,11 +1,13 @@
-"""FLOPs of a stage-1 training step, per sample; a multiply-add counts 2, elementwise work counts nothing.
+"""FLOPs of a training step, per sample; a multiply-add counts 2, elementwise work counts nothing.
 
-A trained part costs three times its forward pass, the frozen tower once.
+A trained part costs three times its forward pass, a frozen tower and a momentum twin once.
 """
 
 from __future__ import annotations
 
-from run_scripts.bench.naive_stage1 import Sizes
+from run_scripts.bench import naive_pretrain
+from run_scripts.bench.naive_stage1 import Sizes as Stage1Sizes
+from run_scripts.bench.parts import Sizes
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -50,8 +52,8 @@ def image_tokens(sizes: Sizes) -> int:
 
 
 def cross_layers(sizes: Sizes) -> int:
-    """Number of layers whose queries look at the image."""
-    return len(range(0, sizes.depth, sizes.cross_every))
+    """Number of layers that look at the image."""
+    return len(range(0, sizes.depth, getattr(sizes, "cross_every", 1)))
 
 
 def image_keys(sizes: Sizes) -> float:
@@ -59,19 +61,20 @@ def image_keys(sizes: Sizes) -> float:
     return cross_layers(sizes) * project(image_tokens(sizes), sizes.vit_width, 2 * sizes.width)
 
 
-def qformer(sizes: Sizes, tokens: float, queries: int, seen: float, last: float | None = None) -> float:
-    """One pass without the image's keys and values.
+def bert(sizes: Sizes, tokens: float, looking: float, seen: float, last: float | None = None) -> float:
+    """One pass of text transformer or Q-Former, without the image's keys and values.
 
     Args:
         sizes: of the model.
-        tokens: positions of the pass, queries included.
-        queries: those of them that are queries.
-        seen: positions that each looks at.
+        tokens: positions of the pass.
+        looking: those of them that look at the image.
+        seen: positions that each looks at in self-attention.
         last: positions whose output somebody reads in the last layer; None = all.
     """
-    width = sizes.width
-    cross = project(queries, width, 2 * width) + attend(queries, image_tokens(sizes), width)
-    total = cross_layers(sizes) * cross
+    width, layers = sizes.width, cross_layers(sizes)
+    cross = project(1, width, 2 * width) + attend(1, image_tokens(sizes), width)
+    in_last = looking if last is None else min(looking, last)
+    total = ((layers - 1) * looking + in_last) * cross
     for layer in range(sizes.depth):
         kept = tokens if last is None or layer < sizes.depth - 1 else last
         total += project(tokens, width, 2 * width) + project(kept, width, 2 * width)
@@ -84,27 +87,37 @@ def head(sizes: Sizes, tokens: float) -> float:
     return project(tokens, sizes.width, sizes.width) + project(tokens, sizes.width, sizes.vocab)
 
 
-def straightforward(sizes: Sizes) -> float:
-    """The step of `naive_stage1.py`: padded texts, keys and values in each of four passes."""
-    queries, text = sizes.queries, sizes.text_length
-    both = queries + text
-    trained = qformer(sizes, queries, queries, queries) + qformer(sizes, text, 0, text)
-    trained += 3 * qformer(sizes, both, queries, both) + 4 * image_keys(sizes)
-    trained += qformer(sizes, text, 0, both) + head(sizes, text)
-    return tower(sizes) + 3 * trained
+def stage1(sizes: Stage1Sizes, text: float) -> tuple[float, float]:
+    """The step of `naive_stage1.py`, and what has to be computed for texts of `text` tokens.
 
-
-def lean(sizes: Sizes, text: float, targets: float) -> float:
-    """What has to be computed: keys and values once, nothing that no loss reads.
-
-    Args:
-        sizes: of the model.
-        text: tokens per text, padding included if it is computed.
-        targets: tokens per text that are predicted.
+    Straightforward: padded texts, keys and values in each of four passes. Needed: keys and values once,
+    nothing that no loss reads.
     """
-    queries = sizes.queries
+    queries, padded = sizes.queries, sizes.text_length
+    both = queries + padded
+    trained = bert(sizes, queries, queries, queries) + bert(sizes, padded, 0, padded)
+    trained += 3 * bert(sizes, both, queries, both) + 4 * image_keys(sizes)
+    trained += bert(sizes, padded, 0, both) + head(sizes, padded)
+    straightforward = tower(sizes) + 3 * trained
+
     both = queries + text
-    trained = qformer(sizes, queries, queries, queries) + qformer(sizes, text, 0, text, last=1)
-    trained += 3 * qformer(sizes, both, queries, both, last=queries) + image_keys(sizes)
-    trained += qformer(sizes, text - 1, 0, both) + head(sizes, targets)
-    return tower(sizes) + 3 * trained
+    trained = bert(sizes, queries, queries, queries) + bert(sizes, text, 0, text, last=1)
+    trained += 3 * bert(sizes, both, queries, both, last=queries) + image_keys(sizes)
+    trained += bert(sizes, text - 1, 0, both) + head(sizes, text - 1)
+    return straightforward, tower(sizes) + 3 * trained
+
+
+def pretrain(sizes: naive_pretrain.Sizes, text: float) -> tuple[float, float]:
+    """The step of `naive_pretrain.py`, and what has to be computed for texts of `text` tokens."""
+    padded = sizes.text_length
+    contrast = project(1, sizes.embed_dim, sizes.queue)  # one row beside one queue
+    trained = tower(sizes) + bert(sizes, padded, 0, padded)
+    trained += 4 * (bert(sizes, padded, padded, padded) + image_keys(sizes)) + head(sizes, padded)
+    # Two directions, of the twin and of the model, which also has a backward pass to its features.
+    similar = (2 + 2 * 2) * contrast
+    straightforward = 3 * trained + tower(sizes) + bert(sizes, padded, 0, padded) + similar
+
+    trained = tower(sizes) + bert(sizes, text, 0, text, last=1)
+    trained += 3 * bert(sizes, text, text, text, last=1) + image_keys(sizes)
+    trained += bert(sizes, text - 1, text - 1, text - 1) + head(sizes, text - 1)
+    return straightforward, 3 * trained + tower(sizes) + bert(sizes, text, 0, text, last=1) + similar

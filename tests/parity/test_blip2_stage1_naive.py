@@ -18,7 +18,7 @@ from blip.losses import argmax_sampler
 from blip.models.blip2_qformer import Blip2Qformer
 from blip.weights import load_into
 from run_scripts.bench.naive_stage1 import NaiveStage1, Sizes
-from run_scripts.bench.steps import library_config
+from run_scripts.bench.stage1 import library_config
 
 EXACT: dict[str, Any] = {"atol": 1e-8, "rtol": 1e-7}
 SIZES = Sizes(
