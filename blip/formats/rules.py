@@ -61,6 +61,20 @@ class Drop:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """Their second name for a tensor that has another name there, with the reason.
+
+    Both templates have the same fields. On import the two must be equal, unless `exact` is false: then the
+    values of the second name are given up. On export it is written wherever the first is.
+    """
+
+    theirs: str
+    of: str
+    reason: str
+    exact: bool = True
+
+
+@dataclass(frozen=True)
 class Omit:
     """Our key that their layout has no place for, with the reason: left out on export, missing on import."""
 
@@ -68,7 +82,7 @@ class Omit:
     reason: str
 
 
-Rule = Rename | Transform | Drop | Omit
+Rule = Rename | Transform | Drop | Copy | Omit
 Side = Callable[[Rule], tuple[str, ...]]
 Group = tuple[Rule, dict[str, str], tuple[str, ...]]
 
@@ -80,7 +94,7 @@ class Line(NamedTuple):
     target: tuple[str, ...]
     """Empty = left out."""
     note: str
-    """`renamed`, `transformed`, `rebuilt`, or why it was left out."""
+    """`renamed`, `transformed`, `rebuilt`, `copied`, or why it was left out."""
 
     def __str__(self) -> str:
         return f"{', '.join(self.source) or '-'} -> {', '.join(self.target) or '-'} ({self.note})"
@@ -99,13 +113,20 @@ class Table:
     Args:
         name: what error messages call the layout.
         rules: each key is served by the first rule that has a template for it.
+        needs: beginnings of names, of each of which such weights have at least one.
     """
 
-    def __init__(self, name: str, rules: Sequence[Rule]) -> None:
+    def __init__(self, name: str, rules: Sequence[Rule], needs: Sequence[str] = ()) -> None:
         self.name = name
         self.rules = list(rules)
+        self.needs = tuple(needs)
         self._theirs = [(_pattern(t), rule) for rule in rules for t in _theirs(rule)]
         self._ours = [(_pattern(t), rule) for rule in rules for t in _ours(rule)]
+
+    def is_about(self, names: Iterable[str]) -> bool:
+        """Whether weights with these names have all parts that such weights need."""
+        names = list(names)
+        return all(any(name.startswith(part) for name in names) for part in self.needs)
 
     def to_ours(self, state: State) -> Conversion:
         """Foreign weights under our names.
@@ -115,9 +136,11 @@ class Table:
                 the rule says.
         """
         groups = self._groups(state, self._theirs, _theirs)
-        for rule, _, keys in groups:
+        for rule, fields, keys in groups:
             if isinstance(rule, Drop) and rule.rebuild is not None:
-                self._check_dropped(rule, keys[0], state)
+                self._check_dropped(rule, keys[0], state, rule.rebuild(state))
+            if isinstance(rule, Copy) and rule.exact:
+                self._check_dropped(rule, keys[0], state, state.get(rule.of.format_map(fields)))
         return self._move(state, groups, _ours)
 
     def to_theirs(self, state: State) -> Conversion:
@@ -132,13 +155,16 @@ class Table:
             if value is not None:
                 self._put(result, _theirs(rule), (value,))
                 report.append(Line((), _theirs(rule), "rebuilt"))
+            for key, copy in self._copies(rule, result) if isinstance(rule, Copy) else ():
+                self._put(result, (copy,), (result[key],))
+                report.append(Line((), (copy,), "copied"))
         return Conversion(result, report)
 
     def _move(self, state: State, groups: list[Group], target: Side) -> Conversion:
         result: dict[str, Tensor] = {}
         report = []
         for rule, fields, keys in groups:
-            if isinstance(rule, Drop | Omit):
+            if isinstance(rule, Drop | Copy | Omit):
                 report.append(Line(keys, (), rule.reason))
                 continue
             targets = tuple(template.format_map(fields) for template in target(rule))
@@ -187,10 +213,15 @@ class Table:
         except ValueError as error:
             raise CheckpointError(f"{self.name}: {', '.join(keys)} cannot be converted: {error}") from error
 
-    def _check_dropped(self, rule: Drop, key: str, state: State) -> None:
-        assert rule.rebuild is not None
-        expected = rule.rebuild(state)
-        if expected is None or not torch.equal(expected.to(state[key].dtype), state[key]):
+    @staticmethod
+    def _copies(rule: Copy, state: State) -> list[tuple[str, str]]:
+        """What there is to copy: (first name, second name)."""
+        pattern = _pattern(rule.of)
+        matches = [(key, pattern.fullmatch(key)) for key in state]
+        return [(key, rule.theirs.format_map(m.groupdict())) for key, m in matches if m]
+
+    def _check_dropped(self, rule: Drop | Copy, key: str, state: State, expected: Tensor | None) -> None:
+        if expected is None or not _same(expected, state[key]):
             raise CheckpointError(
                 f"{self.name}: {key} would be dropped ({rule.reason}), but its values say something else;"
                 " the model has no place for them"
@@ -201,11 +232,6 @@ class Table:
             if key in result:
                 raise CheckpointError(f"{self.name}: two keys of the file become {key}; keep one of them")
             result[key] = value
-
-
-def copy_of(key: str) -> Callable[[State], Tensor | None]:
-    """For `Drop.rebuild`: the value of another of their keys."""
-    return lambda state: state.get(key)
 
 
 def expand(rules: Iterable[Rule], **fields: Sequence[str]) -> list[Rule]:
@@ -224,6 +250,8 @@ def _filled(rule: Rule, name: str, value: str) -> Rule:
         return Rename(fill(rule.theirs), fill(rule.ours))
     if isinstance(rule, Drop):
         return Drop(fill(rule.theirs), rule.reason, rule.rebuild)
+    if isinstance(rule, Copy):
+        return Copy(fill(rule.theirs), fill(rule.of), rule.reason, rule.exact)
     if isinstance(rule, Omit):
         return Omit(fill(rule.ours), rule.reason)
     theirs, ours = tuple(map(fill, rule.theirs)), tuple(map(fill, rule.ours))
@@ -237,9 +265,16 @@ def _theirs(rule: Rule) -> tuple[str, ...]:
 
 
 def _ours(rule: Rule) -> tuple[str, ...]:
-    if isinstance(rule, Drop):
+    if isinstance(rule, Drop | Copy):
         return ()
     return rule.ours if isinstance(rule, Transform) else (rule.ours,)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal values; of tensors without memory, equal shapes."""
+    if a.is_meta or b.is_meta:
+        return a.shape == b.shape
+    return torch.equal(a.to(b.dtype), b)
 
 
 def _pattern(template: str) -> re.Pattern[str]:

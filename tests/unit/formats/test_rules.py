@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from blip.errors import CheckpointError
-from blip.formats.rules import Drop, Omit, Rename, Table, Transform, copy_of, expand
+from blip.formats.rules import Copy, Drop, Omit, Rename, Table, Transform, expand
 
 
 def split_bias(fused: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ TABLE = Table(
         *expand([Rename("block.{i}.fc.{part}", "blocks.{i}.linear.{part}")], part=("weight", "bias")),
         Transform(("block.{i}.qkv.bias",), ("blocks.{i}.q_bias", "blocks.{i}.v_bias"), split_bias, join_bias),
         Rename("words.weight", "word.weight"),
-        Drop("head.weight", "tied to the words", copy_of("words.weight")),
+        Copy("head.weight", "words.weight", "tied to the words"),
         Drop("counter", "a training statistic"),
         Omit("temp", "only training needs it"),
     ],
@@ -125,6 +125,29 @@ def test_a_dropped_tensor_must_be_what_the_rule_says() -> None:
 def test_a_dropped_tensor_whose_origin_is_absent_is_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"head\.weight would be dropped"):
         TABLE.to_ours({"head.weight": torch.zeros(2)})
+
+
+def test_second_names_go_with_the_numbers_of_the_first() -> None:
+    unread = Copy("old.{i}.w", "a.{i}.w", "never read", exact=False)
+    table = Table("toy weights", [Rename("a.{i}.w", "x.{i}.w"), Copy("b.{i}.w", "a.{i}.w", "shared"), unread])
+    first, second = torch.ones(2), torch.zeros(2)
+    state = {"a.0.w": first, "b.0.w": first.clone(), "a.12.w": second, "b.12.w": second, "old.12.w": first}
+    ours, report = table.to_ours(state)
+    assert_equal(ours, {"x.0.w": first, "x.12.w": second})
+    assert [str(line) for line in report if not line.target] == [
+        "b.0.w -> - (shared)",
+        "b.12.w -> - (shared)",
+        "old.12.w -> - (never read)",
+    ]
+    assert_equal(table.to_theirs(ours).state, {**state, "old.0.w": first, "old.12.w": second})
+    with pytest.raises(CheckpointError, match=r"b\.0\.w would be dropped \(shared\)"):
+        table.to_ours({**state, "b.0.w": second})
+
+
+def test_a_table_knows_weights_that_lack_what_it_needs() -> None:
+    table = Table("toy weights", [Rename("a.{i}", "x.{i}")], needs=["a.", "head."])
+    assert table.is_about(["a.1", "head.weight"])
+    assert not table.is_about(["a.1"])
 
 
 def test_two_keys_for_one_place_are_an_error() -> None:
