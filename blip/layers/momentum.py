@@ -76,6 +76,11 @@ class FeatureQueue(nn.Module):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def forget_ids(self) -> None:
+        """Keep the features, not which pictures they are of."""
+        self.ids.fill_(self.NO_ID)
+        self.pointer.zero_()
+
     @torch.no_grad()
     def enqueue(self, image_feats: Tensor, text_feats: Tensor, ids: Tensor | None = None) -> None:
         """Write pairs over the oldest ones; any number of them, also one that does not divide K.

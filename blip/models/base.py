@@ -187,6 +187,9 @@ class BlipModel(nn.Module):
     def after_step(self, outputs: Sequence[Output]) -> None:
         """Told after a successful optimizer step: momentum twin, queues, temperature."""
 
+    def begin(self) -> None:
+        """Told when a run starts from weights of another one, not when it is continued."""
+
     def frozen_parts(self) -> dict[str, str]:
         """Parts that checkpoints leave out: state-dict prefix -> where the weights come from."""
         return {}

@@ -236,6 +236,11 @@ class BlipRetrieval(BlipModel):
         for output in outputs:
             self.queue.enqueue(output["image_feats_m"], output["text_feats_m"], output.get("image_id"))
 
+    def begin(self) -> None:
+        """The queue's features stay, but whose they are means nothing in another run's data."""
+        self.queue.forget_ids()
+        self.temp.data.clamp_(self.config.min_temp, self.config.max_temp)
+
     # Retrieval (tasks/retrieval.py)
 
     def retrieval_images(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ class BlipVqa(BlipModel):
         """Answers tokenised where they are not; one answer each and weight 1 where nothing else is said."""
         batch = dict(batch)
         if "answer_ids" not in batch:
-            tokens = self.tokenize(list(batch["answer"]))
+            tokens = self.word_pieces(list(batch["answer"]))  # answers are not cut
             batch["answer_ids"] = tokens["text_ids"].to(self.device)
             batch["answer_mask"] = tokens["text_mask"].to(self.device)
         answers = batch["answer_ids"]
@@ -195,7 +195,7 @@ class BlipVqa(BlipModel):
             answer_list: candidates.
             num_candidates: k, how many of them are scored in full.
         """
-        tokens = self.tokenize(answer_list)
+        tokens = self.word_pieces(answer_list)
         ids, mask = tokens["text_ids"].to(self.device), tokens["text_mask"].to(self.device)
         best = self.shortlist(keys, ids[:, 1], num_candidates)  # (B, k)
         scores = self.score_answers(keys, ids[best], mask[best])
