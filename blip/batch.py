@@ -17,6 +17,10 @@ class Batch(TypedDict, total=False):
 
     image: Tensor
     """(B, 3, H, W): uint8 as the loader makes it, or float, already normalised."""
+    image0: Tensor
+    """The same of the first of two pictures."""
+    image1: Tensor
+    """The same of the second."""
     image_norm: Tensor
     """float32 (B, 2, 3): mean and std in units of [0, 1], with uint8 images only."""
     image_embeds: Tensor
@@ -27,6 +31,18 @@ class Batch(TypedDict, total=False):
     """int64 (B, T): token ids of `text_input`, padded to the longest of the batch."""
     text_mask: Tensor
     """bool (B, T): True = real token."""
+    answer: list[str]
+    """A answers to the B questions in `text_input`, flat."""
+    answer_ids: Tensor
+    """int64 (A, T): token ids of `answer`."""
+    answer_mask: Tensor
+    """bool (A, T): True = real token."""
+    weight: Tensor
+    """float32 (A,): share of each answer in the loss of its question."""
+    n_answers: Tensor
+    """int64 (B,): answers of each question, which sum to A."""
+    label: Tensor
+    """int64 (B,): numbers of classes."""
     image_id: Tensor
     """int64 (B,): equal numbers mean the same picture."""
     instance_id: list[str]
@@ -105,9 +121,11 @@ _pytree.register_pytree_node(Output, _flatten, _unflatten, serialized_type_name=
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on `device`; uint8 images travel as bytes and are normalised there."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    image = moved.get("image")
-    if image is not None and image.dtype == torch.uint8:
-        moved["image"] = normalize(image, moved.pop("image_norm"))
+    pictures = {k: moved[k] for k in ("image", "image0", "image1") if k in moved}
+    stored = {k: image for k, image in pictures.items() if image.dtype == torch.uint8}
+    if stored:
+        norm = moved.pop("image_norm")
+        moved |= {k: normalize(image, norm) for k, image in stored.items()}
     return moved
 
 

@@ -13,11 +13,11 @@ import torch
 
 from blip import dist, keyed
 from blip.config.schema import Config
-from blip.data.datasets import EvalPairs
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
+from blip.data.locate import available_splits, require_files
 from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
-from blip.data.sources import available_splits, build_dataset, require_files
+from blip.data.sources import build_dataset
 from blip.engine.cached import Cacheable
 from blip.engine.checkpoint import Checkpoints, load_model, read_part, read_state
 from blip.engine.dry_run import dry_run
@@ -149,7 +149,9 @@ def _load_start(model: Any, config: Config) -> list[str]:
     if source is None:
         return model.load_parts(root)
     try:
-        return load_any(model, source, root)
+        report = load_any(model, source, root)
+        model.begin()
+        return report
     except CheckpointError as error:
         keys = ("init_from", "finetuned", "pretrained")
         key = next(key for key in keys if getattr(config.model, key) == source)
@@ -206,7 +208,8 @@ def build_loader(config: Config, model: Any, device: torch.device, skips: SkipLo
         pad_id=model.word_pieces.pad_id,
         pin_memory=device.type == "cuda",
     )
-    tokenize = partial(model.word_pieces, max_length=model.config.max_txt_len)
+    columns = model.text_columns().items()
+    tokenize = {column: partial(model.word_pieces, max_length=longest) for column, longest in columns}
     loader = TrainLoader(datasets, settings, ratios, tokenize, skips)
     if skips is not None:
         skips.epoch_rows = loader.rows_per_epoch
@@ -221,21 +224,27 @@ def build_evaluation(
     if limit is not None:
         section = replace(section, max_samples=min(section.max_samples or limit, limit))
     data = _dataset(replace(config, datasets={name: section}), name, split, train=False)
-    assert isinstance(data, EvalPairs)
     if skips is not None:
-        skips.judge_all(name, data.bad, data.lost, data.lost + len(data.text), f"texts of split {split}")
+        skips.judge_all(name, data.bad, data.lost, data.total, f"{data.unit} of split {split}")
     return EvalLoader(data, config.run.batch_size_eval, config.run.num_workers)
 
 
 def _dataset(config: Config, name: str, split: str, train: bool) -> Any:
     size = getattr(config.model, "image_size", None)
-    data = build_dataset(name, config.datasets[name], split, config.run.data_root, train, size)
+    wanted = getattr(TASKS.get(config.run.task), "data_kind", None)
+    data: Any = build_dataset(name, config.datasets[name], split, config.run.data_root, train, size, wanted)
     given = getattr(data.maker.vis_processor, "image_size", size)
     if size is not None and given != size:
         stage = "train" if train else "eval"
         raise ConfigError(
             f"datasets.{name}.vis_processor.{stage}.image_size: {given}, where model.image_size is {size};"
             " set both to the same value"
+        )
+    classes, heads = getattr(data.maker, "classes", ()), getattr(config.model, "num_classes", None)
+    if heads is not None and len(classes) > heads:
+        raise ConfigError(
+            f"model.num_classes: {heads}, where datasets.{name} has {len(classes)} classes"
+            f" ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); set it to {len(classes)}"
         )
     return data
 

@@ -76,6 +76,9 @@ class DatasetConfig(Section):
 
     type: str = "default"
     """Variant of a catalogue dataset, as LAVIS names it."""
+    kind: Literal["auto", "caption", "vqa", "nlvr", "classification"] = "auto"
+    """What a record is: a picture and captions, a picture and a question, two pictures and a sentence, or one
+    picture and a sentence, both with a label; `auto` tells by the columns."""
     data_type: Literal["images", "features"] = "images"
     """Pictures, or frozen-vision features written by `blip.cache_features`."""
     path: str | list[str] | dict[str, Any] | None = None
@@ -90,6 +93,17 @@ class DatasetConfig(Section):
     `path`, all for a catalogue name."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the file's name, for image, caption, image_id, question, answer, ..."""
+    answer_list: str | None = None
+    """JSON list of the answers that are ranked; None: of the catalogue, else all answers of `train`."""
+    answer_weight: float = 1.0
+    """Factor of the answers' weights in training. BLIP's own takes 0.2 for Visual Genome, LAVIS 1."""
+    annotation_file: str | dict[str, Any] | None = None
+    """Official annotations that evaluation compares with in place of the records' own, or one file per split:
+    VQA's by `question_id`, COCO's captions by `image_id`; None: of the catalogue; empty: none."""
+    classes: list[str] = field(default_factory=list)
+    """Labels in the order of their class numbers; empty: of the catalogue, else those of `train`, sorted."""
+    cut: float = 0.5
+    """Where one picture that holds both of kind nlvr is cut in two, as a share of its width."""
     image_ids: bool = True
     """Give the model `image_id`, so that captions of one picture do not count as negatives of each other."""
     vis_processor: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -112,6 +126,12 @@ class DatasetConfig(Section):
     def problems(self) -> list[str]:
         """Counts and ratios that make no sense."""
         found = self._at_least(1, "lanes", "window", "max_samples") + self._at_least(0, "sample_ratio")
+        if self.answer_weight <= 0:
+            found.append(f"answer_weight: {self.answer_weight} is not above 0")
+        if not 0 < self.cut < 1:
+            found.append(f"cut: {self.cut} is not between 0 and 1")
+        if repeated := [name for name in self.classes if self.classes.count(name) > 1]:
+            found.append(f"classes: {repeated[0]!r} stands there twice")
         for key in ("vis_processor", "text_processor"):
             for stage, options in getattr(self, key).items():
                 if stage not in ("train", "eval"):

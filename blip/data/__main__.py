@@ -13,10 +13,11 @@ from blip.config.schema import DatasetConfig
 from blip.data import catalog
 from blip.data.catalog import CATALOG
 from blip.data.check import Report, check_split, count_words
+from blip.data.kinds import KINDS
+from blip.data.locate import MissingData, available_splits, locate
 from blip.data.prepare import prepare, wanted
 from blip.data.records import COLUMNS
 from blip.data.scenes import make_scenes
-from blip.data.sources import MissingData, available_splits, locate
 from blip.errors import EXIT_OK, DataError, UsageError, hint
 from blip.models.tokenizer import WordPieces
 
@@ -68,10 +69,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add("--split", help="only this one")
     add("--format", default="auto", choices=FORMATS, help="layout of PATH; default: told by name and content")
     add("--images", metavar="FOLDER", help="folder that the image paths of PATH start from")
+    text = "what a record is; default: told by its columns"
+    add("--kind", default="auto", choices=("auto", *KINDS), help=text)
     text = "our name of a column and the file's, as in caption=text; may be repeated"
     add("--column", action="append", default=[], metavar="OURS=THEIRS", help=text)
     add("--limit", type=_positive, metavar="N", help="read N pictures spread over the set; default: all")
-    text = "tokenizer that measures captions: scenes, a vocab.txt, or a name; default: words are counted"
+    text = "tokenizer that measures texts: scenes, a vocab.txt, or a name; default: words are counted"
     add("--tokenizer", metavar="NAME", help=text)
     add("--max-bad-ratio", type=float, default=0.05, help="exit with 2 above this share of unusable records")
     add("--report", type=Path, metavar="FILE", help="write every unusable record to FILE, as JSON lines")
@@ -102,15 +105,12 @@ def run_list(args: argparse.Namespace) -> int:
     print(f"data root: {root}")
     for name, row in CATALOG.items():
         missing = wanted(name, root)
-        here = [split for split, text in row.splits.items() if text not in missing]
-        state = (
-            "ready"
-            if not missing
-            else f"missing {len(missing)} of {len(row.splits) + bool(row.images)} places"
-        )
-        print(f"{name:<24}{row.kind:<11}{state:<25}{row.about}")
+        here = [split for split in row.splits if not set(row.of(split)) & set(missing)]
+        places = len(row.files) + len(row.others) + bool(row.images)
+        state = f"missing {len(missing)} of {places} places" if missing else "ready"
+        print(f"{name:<24}{row.kind:<16}{state:<25}{row.about}")
         if missing and here:
-            print(f"{'':<35}has {', '.join(here)}; misses {', '.join(missing)}")
+            print(f"{'':<40}has {', '.join(here)}; misses {', '.join(missing)}")
     print("'blip data prepare NAME' says what to bring; 'blip data make scenes' makes the embedded ones")
     return EXIT_OK
 
@@ -151,7 +151,8 @@ def run_check(args: argparse.Namespace) -> int:
         except MissingData as error:
             missing.append(error)
             continue
-        report = check_split(name, split, source, count_tokens, args.limit, args.workers)
+        options = (count_tokens, args.limit, args.workers)
+        report = check_split(name, split, source, config, args.data_root, *options)
         print("\n".join(report.lines()), flush=True)
         reports.append(report)
     if missing and not reports:
@@ -177,7 +178,7 @@ def _section(args: argparse.Namespace) -> tuple[str, DatasetConfig]:
         if not equals or ours not in COLUMNS:
             raise UsageError(f"--column {pair}: write OURS=THEIRS{hint(ours, COLUMNS)}")
         columns[ours] = theirs
-    values = {"format": args.format, "images": args.images, "columns": columns}
+    values = {"format": args.format, "kind": args.kind, "images": args.images, "columns": columns}
     if args.what in CATALOG:
         return args.what, DatasetConfig(**values)
     root = catalog.data_root(args.data_root)

@@ -1,4 +1,4 @@
-"""Datasets to look at: pairs of a PIL picture and its text as they are stored, for `blip.load_dataset`."""
+"""Datasets to look at: PIL pictures and their texts as they are stored, for `blip.load_dataset`."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from numpy.random import Generator
+from PIL import Image
 
 from blip.config.schema import DatasetConfig
 from blip.config.typed import typed_section
+from blip.data.collate import Flat
 from blip.data.datasets import PairDataset
-from blip.data.samples import BadRecord, SampleMaker, read_image
+from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker
+from blip.data.locate import MissingData, Source, available_splits, locate, require_files
+from blip.data.samples import BadRecord, Sample, SampleMaker
 from blip.data.shards import ShardDataset
-from blip.data.sources import (
-    MissingData,
-    Source,
-    available_splits,
-    check_pictures,
-    locate,
-    read_source,
-    require_files,
-)
+from blip.data.sources import check_pictures, class_names, found_kind, read_source
 from blip.errors import DataError, hint
 
 log = logging.getLogger(__name__)
 
 
 class Pairs:
-    """The pairs of one split: `image` (PIL, as stored), `text_input`, `image_id`, `instance_id`.
+    """What one split holds, by number: `image` (PIL, as stored), `text_input`, `instance_id`, and by its kind
+
+    - captions: `image_id`;
+    - questions: `answer` and `weight`, lists of the different answers and their shares; `question_id`;
+    - sentences: `label`; about two pictures `image0` and `image1` in place of `image`.
 
     Iterating leaves out what cannot be read and logs how much that was.
     """
@@ -51,7 +51,7 @@ class Pairs:
         """
         if isinstance(self.data, ShardDataset):
             raise DataError(f"{self.data.name}: shards are read in sequence; iterate over them")
-        return {**self.data.sample(range(len(self))[index])}
+        return _shown(self.data.sample(range(len(self))[index]))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         bad = 0
@@ -59,21 +59,44 @@ class Pairs:
             if isinstance(sample, BadRecord):
                 bad += 1
             else:
-                yield sample
+                yield _shown(sample)
         if bad:
             log.warning("datasets.%s: %d records cannot be read", self.data.name, bad)
 
 
+class _AsStored:
+    """Stands where a maker has an image processor."""
+
+    def pixels(self, image: Image.Image, rng: Generator | None = None) -> Any:
+        return image
+
+    def norm(self) -> Any:
+        return None
+
+
 @dataclass
-class _Plain(SampleMaker):
-    """Pictures and texts as they are."""
+class _Questions(QuestionMaker):
+    """Questions with their ids."""
 
-    vis_processor: Any = None
-    text_processor: Callable[[str], str] = str
+    def content(self, record: Mapping[str, Any], name: str, rng: Generator | None = None) -> Any:
+        """Question, its id, and answers where there are any."""
+        sample: dict[str, Any] = {**super().content(record, name, rng)}
+        return sample | {key: record[key] for key in ("question_id",) if key in record}
 
-    def picture(self, image: bytes | str | Path, name: str, rng: Generator | None = None) -> Any:
-        """`image` and `instance_id`, without pixels."""
-        return {"image": read_image(image, name), "instance_id": name}
+
+@dataclass
+class _Pictures(SampleMaker):
+    """Pictures without captions."""
+
+    def content(self, record: Mapping[str, Any], name: str, rng: Generator | None = None) -> Sample:
+        """Nothing."""
+        return {}
+
+
+def _shown(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample without what serves batches only."""
+    shown = {key: value for key, value in sample.items() if key not in ("image_norm", "n_answers")}
+    return {key: list(value) if isinstance(value, Flat) else value for key, value in shown.items()}
 
 
 def open_splits(
@@ -103,17 +126,25 @@ def open_splits(
         require_files([(name, section, split) for split in splits or having], root)
     for absent in missing:
         log.warning("%s", absent)
-    return {split: _pairs(name, section, source) for split, source in present.items()}
+    return {split: _pairs(name, section, source, root) for split, source in present.items()}
 
 
-def _pairs(name: str, section: DatasetConfig, source: Source) -> Pairs:
-    maker = _Plain(prompt=section.prompt)
+def _pairs(name: str, section: DatasetConfig, source: Source, root: str | Path | None) -> Pairs:
+    plain: tuple[Any, Callable[[str], str], str] = (_AsStored(), str, section.prompt)
     if source.layout == "shards":
-        maker.columns = source.columns
+        maker = SampleMaker(*plain, columns=source.columns)
         return Pairs(ShardDataset(name, source.paths, maker, image_ids=section.image_ids))
     records = read_source(name, source, section.max_samples)
-    check_pictures(name, records, source.named)
-    return Pairs(PairDataset(name, records, maker, section.image_ids))
+    kind = found_kind(source, records)
+    classes = class_names(name, section, kind, source, records, root, training=False)
+    makers = {
+        "caption": SampleMaker(*plain) if source.captioned else _Pictures(*plain),
+        "vqa": _Questions(*plain, answer_weight=section.answer_weight, answered=None),
+        "nlvr": PairMaker(*plain, classes=classes, cut=section.cut),
+        "classification": LabelMaker(*plain, classes=classes),
+    }
+    check_pictures(name, records, makers[kind], source.named)
+    return Pairs(PairDataset(name, records, makers[kind], section.image_ids and kind == "caption"))
 
 
 def _numbered(data: PairDataset) -> Iterator[Any]:

@@ -17,9 +17,9 @@ class Row:
     """A named dataset. Paths are relative to the data root."""
 
     kind: str
-    """What a record is: caption (picture and text) or retrieval (the same, evaluated as retrieval)."""
-    splits: dict[str, str]
-    """Split -> annotation file, or pattern of shards."""
+    """What a record is, as `datasets.NAME.kind`; or retrieval: captions that are evaluated as retrieval."""
+    splits: dict[str, str | tuple[str, ...]]
+    """Split -> annotation file, or several, or pattern of shards."""
     images: str = ""
     """Folder that the records' image paths start from; empty for shards."""
     format: str = "auto"
@@ -32,20 +32,50 @@ class Row:
     """Which official files become the annotations, for `prepare`."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the files' name."""
+    answer_list: str = ""
+    """JSON list of the answers that are ranked."""
+    official: dict[str, str] = field(default_factory=dict)
+    """Split -> official annotations that evaluation compares with, as `datasets.NAME.annotation_file`."""
+    classes: tuple[str, ...] = ()
+    """Labels in the order of their class numbers."""
+    captioned: bool = True
+    """Whether pictures of kind caption have captions in the annotation files."""
+    suffix: str = ""
+    """Added to names of pictures that have none."""
+    judged: dict[str, str] = field(default_factory=dict)
+    """Split -> file that says what is in each picture of the embedded scenes, for judging captions."""
 
     @property
     def embedded(self) -> bool:
         """Whether `blip data make scenes` makes it."""
-        return next(iter(self.splits.values())).startswith("scenes/")
+        return self.files[0].startswith("scenes/")
+
+    @property
+    def files(self) -> list[str]:
+        """Annotation files of all splits, or patterns of shards."""
+        return [text for split in self.splits for text in self.of(split)]
+
+    @property
+    def others(self) -> list[str]:
+        """What evaluation reads beside the annotation files."""
+        return list(dict.fromkeys(filter(None, [self.answer_list, *self.official.values()])))
+
+    def of(self, split: str) -> tuple[str, ...]:
+        """The annotation files of one split."""
+        value = self.splits[split]
+        return (value,) if isinstance(value, str) else value
 
 
-def _scenes(split: str) -> str:
-    return f"scenes/annotations/{split}.json"
+_ALL = ("train", "val", "test")
+
+
+def _scenes(pattern: str, *splits: str) -> dict[str, str | tuple[str, ...]]:
+    return {split: f"scenes/annotations/{pattern.format(split)}.json" for split in splits}
 
 
 _COCO = Row(
     kind="caption",
-    splits={split: f"coco/annotations/coco_karpathy_{split}.json" for split in ("train", "val", "test")},
+    splits={split: f"coco/annotations/coco_karpathy_{split}.json" for split in _ALL},
     images="coco/images",
     about="COCO 2014, Karpathy split: 113,287 / 5,000 / 5,000 pictures, 5 captions each",
     pictures="COCO's train2014.zip, val2014.zip and test2014.zip, unpacked into folders of these names",
@@ -53,7 +83,7 @@ _COCO = Row(
 )
 _FLICKR = Row(
     kind="retrieval",
-    splits={split: f"flickr30k/annotations/{split}.json" for split in ("train", "val", "test")},
+    splits={split: f"flickr30k/annotations/{split}.json" for split in _ALL},
     images="flickr30k/images",
     about="Flickr30k: 29,000 / 1,000 / 1,000 pictures, 5 captions each",
     pictures="Flickr30k's pictures in the folder flickr30k-images (to be requested from its authors)",
@@ -75,13 +105,33 @@ def _web(folder: str, file: str, images: str, about: str) -> Row:
 CATALOG: dict[str, Row] = {
     "scenes": Row(
         kind="retrieval",
-        splits={split: _scenes(split) for split in ("train", "val", "test")},
+        splits=_scenes("{}", *_ALL),
         images="scenes",
         about="embedded: rendered scenes with exact captions, 10,000 / 500 / 500 pictures by default",
+        judged={split: f"scenes/annotations/records_{split}.json" for split in _ALL},
+    ),
+    "scenes_vqa": Row(
+        kind="vqa",
+        splits=_scenes("vqa_{}", *_ALL),
+        images="scenes",
+        about="embedded: questions of eleven types about scenes, one answer each",
+    ),
+    "scenes_nlvr": Row(
+        kind="nlvr",
+        splits=_scenes("nlvr_{}", *_ALL),
+        images="scenes",
+        about="embedded: sentences about two scenes, true or false",
+    ),
+    "scenes_answers": Row(
+        kind="classification",
+        splits=_scenes("vqa_{}", *_ALL),
+        images="scenes",
+        columns={"sentence": "question", "label": "answer"},
+        about="embedded: the same questions, whose answers are classes",
     ),
     "scenes_web": Row(
         kind="caption",
-        splits={"train": _scenes("web")},
+        splits={"train": "scenes/annotations/web.json"},
         images="scenes",
         about="embedded: scenes whose captions are corrupted at a known rate, for CapFilt",
     ),
@@ -108,6 +158,88 @@ CATALOG: dict[str, Row] = {
         about="Visual Genome: 100,000 pictures, 821,000 region captions",
         pictures="Visual Genome's images.zip and images2.zip, unpacked into VG_100K and VG_100K_2",
         annotations="vg_caption.json as BLIP and LAVIS distribute it (its absolute paths are made relative)",
+    ),
+    "nocaps": Row(
+        kind="caption",
+        splits={split: f"nocaps/annotations/nocaps_{split}.json" for split in ("val", "test")},
+        images="nocaps/images",
+        about="NoCaps: 4,500 / 10,600 pictures of new objects; the captions of val have their own file",
+        pictures="NoCaps's pictures of Open Images, in the folders val and test",
+        annotations="nocaps_val.json and nocaps_test.json as BLIP and LAVIS distribute them, and NoCaps's own"
+        " nocaps_val_4500_captions.json",
+        official={"val": "nocaps/annotations/nocaps_val_4500_captions.json"},
+        captioned=False,
+    ),
+    "coco_vqa": Row(
+        kind="vqa",
+        splits={
+            "train": ("coco/annotations/vqa_train.json", "coco/annotations/vqa_val.json"),
+            "val": "coco/annotations/vqa_val_eval.json",
+            "test": "coco/annotations/vqa_test.json",
+        },
+        images="coco/images",
+        about="VQAv2: 658,111 questions to train on (train and val), 447,793 to test, ten answers each",
+        pictures=_COCO.pictures.replace("test2014.zip", "test2015.zip"),
+        annotations="vqa_train.json, vqa_val.json, vqa_val_eval.json, vqa_test.json and answer_list.json as"
+        " BLIP and LAVIS distribute them, and VQA's own v2_mscoco_val2014_annotations.json",
+        answer_list="coco/annotations/answer_list.json",
+        official={"val": "coco/annotations/v2_mscoco_val2014_annotations.json"},
+    ),
+    "vg_vqa": Row(
+        kind="vqa",
+        splits={"train": "vg/annotations/vg_qa.json"},
+        images="vg/images",
+        about="Visual Genome: questions with one answer each, to train on",
+        pictures="Visual Genome's images.zip and images2.zip, unpacked into VG_100K and VG_100K_2",
+        annotations="vg_qa.json as BLIP and LAVIS distribute it",
+    ),
+    "ok_vqa": Row(
+        kind="vqa",
+        splits={
+            "train": "okvqa/annotations/okvqa_train.json",
+            "test": "okvqa/annotations/vqa_val_eval.json",
+        },
+        images="coco/images",
+        about="OK-VQA: 9,009 / 5,046 questions that need knowledge, on pictures of COCO",
+        pictures="COCO's train2014.zip and val2014.zip, unpacked into folders of these names",
+        annotations="okvqa_train.json, vqa_val_eval.json and answer_list.json as LAVIS distributes them (the"
+        " last two not to be confused with VQAv2's), and OK-VQA's own mscoco_val2014_annotations.json",
+        answer_list="okvqa/annotations/answer_list.json",
+        official={"test": "okvqa/annotations/mscoco_val2014_annotations.json"},
+    ),
+    "aok_vqa": Row(
+        kind="vqa",
+        splits={split: f"aokvqa/annotations/aokvqa_v1p0_{split}.json" for split in _ALL},
+        images="coco/images",
+        about="A-OKVQA: 17,056 / 1,145 / 6,702 questions, ten direct answers each (test without)",
+        pictures="COCO's train2014.zip, val2014.zip and test2015.zip, unpacked into folders of these names",
+        annotations="aokvqa_v1p0_train.json, _val.json, _test.json and specialized_vocab_train_lavis.json as"
+        " LAVIS distributes them",
+        answer_list="aokvqa/annotations/specialized_vocab_train_lavis.json",
+    ),
+    "nlvr": Row(
+        kind="nlvr",
+        splits={
+            split: f"nlvr/annotations/{name}.json"
+            for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))
+        },
+        images="nlvr/images",
+        about="NLVR2: 86,373 / 6,982 / 6,967 sentences about two pictures, true or false",
+        pictures="NLVR2's pictures in the folders images, dev and test1 (to be requested from its authors)",
+        annotations="nlvr_train.json, nlvr_dev.json, nlvr_test.json as BLIP and LAVIS distribute them",
+    ),
+    "snli_ve": Row(
+        kind="classification",
+        splits={
+            split: f"snli/annotations/ve_{name}.json"
+            for split, name in (("train", "train"), ("val", "dev"), ("test", "test"))
+        },
+        images="flickr30k/images/flickr30k-images",
+        about="SNLI-VE: 529,527 / 17,858 / 17,901 sentences that follow from a picture, or not",
+        pictures="Flickr30k's pictures (to be requested from its authors)",
+        annotations="ve_train.json, ve_dev.json, ve_test.json as LAVIS distributes them",
+        classes=("contradiction", "neutral", "entailment"),
+        suffix=".jpg",
     ),
     "conceptual_caption_3m": _web(
         "conceptual_caption", "cc3m", "images", "Conceptual Captions: 3 million web pictures, one text each"

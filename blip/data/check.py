@@ -1,4 +1,4 @@
-"""What is in a dataset and what is wrong with it: pictures decoded, captions cleaned, all counted."""
+"""What is in a dataset and what is wrong with it: pictures decoded, texts cleaned, all counted."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from blip.data.datasets import Records
-from blip.data.samples import BadRecord, SampleMaker, read_image
+from blip.config.schema import DatasetConfig
+from blip.data.datasets import Records, pictures_of
+from blip.data.kinds import KINDS, LabelMaker, PairMaker, QuestionMaker
+from blip.data.locate import Source
+from blip.data.samples import BadRecord, SampleMaker, read_image, sound
 from blip.data.shards import ShardDataset
-from blip.data.sources import Source, make_processor, read_source
+from blip.data.sources import class_names, found_kind, make_processor, read_source
 
 CountTokens = Callable[[list[str]], list[int]]
 """Texts -> number of tokens of each."""
@@ -39,30 +42,32 @@ class Report:
     name: str
     split: str
     count_tokens: CountTokens = count_words
+    noun: str = "captions"
+    """What the texts are called."""
     records: int = 0
     pictures: int = 0
-    """Different pictures; in shards every sample has its own."""
+    """Different pictures, or pairs of them; in shards every sample has its own."""
     checked: int = 0
     """Pictures that were decoded, or failed to."""
     bad: list[BadRecord] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
-    """A line each for some samples in order, the first and the last among them: name, size, mode, caption."""
+    """A line each for some samples in order, the first and the last among them: name, size, mode, text."""
     lengths: array[int] = field(default_factory=lambda: array("i"))
-    """Tokens of each usable caption."""
+    """Tokens of each usable text."""
     _uncounted: list[str] = field(default_factory=list)
 
     @property
-    def captions(self) -> int:
-        """Usable captions."""
+    def texts(self) -> int:
+        """Usable texts."""
         return len(self.lengths) + len(self._uncounted)
 
     @property
     def bad_ratio(self) -> float:
         """Share of records that cannot be used, of those that were looked at."""
-        return len(self.bad) / max(1, len(self.bad) + self.captions)
+        return len(self.bad) / max(1, len(self.bad) + (self.texts or self.checked))
 
     def add(self, texts: list[str], final: bool = False) -> None:
-        """Count the tokens of usable captions, a thousand texts at a time."""
+        """Count the tokens of usable texts, a thousand at a time."""
         self._uncounted += texts
         if len(self._uncounted) >= 1000 or final:
             self.lengths.extend(self.count_tokens(self._uncounted) if self._uncounted else [])
@@ -78,11 +83,11 @@ class Report:
         """The report for people."""
         causes = Counter(error.cause for error in self.bad).most_common()
         sizes = np.percentile(self.lengths or [0], [0, 50, 95, 100]).astype(int).tolist()
-        totals = f"{self.records} records, {self.pictures} pictures, {self.captions} captions"
+        totals = f"{self.records} records, {self.pictures} pictures, {self.texts} {self.noun}"
         found = [
             f"{self.name} {self.split}: {totals}",
             f"  pictures read:  {self.checked} of {self.pictures}",
-            "  caption tokens: min {}, median {}, 95% {}, max {}".format(*sizes),
+            f"  {self.noun[:-1]} tokens: " + "min {}, median {}, 95% {}, max {}".format(*sizes),
             "  unusable:       " + (", ".join(f"{n} {cause}" for cause, n in causes) or "none"),
         ]
         found += [f"    {error}" for error in self.bad[:5]]
@@ -95,6 +100,8 @@ def check_split(
     name: str,
     split: str,
     source: Source,
+    config: DatasetConfig,
+    data_root: str | Path | None = None,
     count_tokens: CountTokens = count_words,
     limit: int | None = None,
     threads: int | None = None,
@@ -104,8 +111,10 @@ def check_split(
     Args:
         name: of the dataset, for messages.
         split: likewise.
-        source: its files, as `sources.locate` finds them.
-        count_tokens: what measures captions.
+        source: its files, as `locate` finds them.
+        config: its section.
+        data_root: as `run.data_root`.
+        count_tokens: what measures texts.
         limit: number of pictures (in shards: of samples) to read; None: all.
         threads: decoders at work; None: one per core, at most 8.
 
@@ -113,17 +122,32 @@ def check_split(
         DataError: the files as a whole cannot be used.
     """
     report = Report(name, split, count_tokens)
-    # LAVIS's caption processor, but for its limit of words: what it would cut off is worth knowing.
-    clean = make_processor({"name": "blip_caption", "max_words": 1_000_000}, "text_processor", images=False)
-    maker = _Looker(_Undecoded(), clean, columns=source.columns)
     if source.layout == "shards":
-        work = _of_shards(report, ShardDataset(name, source.paths, maker, image_ids=False), limit)
+        looker = _Looker(_Undecoded(), _cleaner("caption"), columns=source.columns)
+        work = _of_shards(report, ShardDataset(name, source.paths, looker, image_ids=False), limit)
     else:
-        maker.columns = {}
-        work = _of_records(report, read_source(name, source), maker, limit)
+        records = read_source(name, source)
+        kind = found_kind(source, records)
+        report.noun = KINDS[kind].noun
+        parts = (_Undecoded(), _cleaner(kind))
+        maker: SampleMaker = _Looker(*parts) if source.captioned else _Pictures(*parts)
+        classes = class_names(name, config, kind, source, records, data_root, training=False)
+        if kind == "vqa":
+            maker = QuestionMaker(*parts, answered=True if split == "train" else None)
+        elif kind == "nlvr":
+            maker = PairMaker(*parts, classes=classes)
+        elif kind == "classification":
+            maker = LabelMaker(*parts, classes=classes)
+        work = _of_records(report, records, maker, limit)
     _read_all(report, work, threads or min(8, os.cpu_count() or 1))
     report.add([], final=True)
     return report
+
+
+def _cleaner(kind: str) -> Any:
+    """LAVIS's text processor, but for its limit of words: what it would cut off is worth knowing."""
+    entry = {"name": KINDS[kind].text_processor, "max_words": 1_000_000}
+    return make_processor(entry, "text_processor", images=False)
 
 
 class _Undecoded:
@@ -139,13 +163,11 @@ class _Undecoded:
 class _Looker(SampleMaker):
     """Gives all captions and the undecoded picture of a record, for shards that make their own samples."""
 
-    def __call__(
-        self, record: Any, image: bytes | str | Path, name: str, rng: Generator | None = None
-    ) -> Any:
-        texts, bad = self.texts(record, name)
+    def __call__(self, record: Any, image: Any, name: str, rng: Generator | None = None) -> Any:
+        texts, bad = self.usable(record, name)
         return {"texts": texts, "bad": bad, "content": image}
 
-    def texts(self, record: dict[str, Any], name: str) -> tuple[list[str], list[BadRecord]]:
+    def usable(self, record: dict[str, Any], name: str) -> tuple[list[str], list[BadRecord]]:
         """The usable captions of a record, and what is wrong with the others."""
         try:
             captions = self.captions(record, name)
@@ -160,28 +182,47 @@ class _Looker(SampleMaker):
         return texts, bad
 
 
-_Work = Iterator[tuple[str, "str | bytes", str]]
-"""(name, picture, caption) of every picture to decode."""
+class _Pictures(SampleMaker):
+    """Pictures without captions."""
+
+    def content(self, record: Any, name: str, rng: Generator | None = None) -> Any:
+        """Nothing."""
+        sound(record, name)
+        return {}
 
 
-def _of_records(report: Report, records: Records, maker: _Looker, limit: int | None) -> _Work:
+_Work = Iterator[tuple[str, Any, str]]
+"""(name, picture or list of them, text) of every record whose picture is to be decoded."""
+
+
+def _of_records(report: Report, records: Records, maker: SampleMaker, limit: int | None) -> _Work:
     report.records, report.pictures = len(records), records.num_pictures
     chosen = _spread(records.num_pictures, limit)
     seen = np.zeros(records.num_pictures, bool)
     for number in range(len(records)):
         name, record = f"{report.name}/{number}", records[number]
-        texts, bad = maker.texts(record, name)
+        texts, bad = _texts(maker, record, name)
         report.bad += bad
-        report.add(texts)
+        report.add([text for text in texts if text])
         picture = int(records.pictures[number])
         if texts and not seen[picture] and picture in chosen:
             seen[picture] = True
             try:
-                place = records.image(number, record)
-            except KeyError:
-                report.bad.append(BadRecord("missing_image", name, "the record names no picture"))
+                place = pictures_of(records, number, record, maker, name)
+            except BadRecord as error:
+                report.bad.append(error)
                 continue
             yield name, place, texts[0]
+
+
+def _texts(maker: SampleMaker, record: dict[str, Any], name: str) -> tuple[list[str], list[BadRecord]]:
+    """The usable texts of a record, an empty one where it needs none, and what is wrong with the others."""
+    if isinstance(maker, _Looker):
+        return maker.usable(record, name)
+    try:
+        return [maker.content(record, name).get("text_input", "")], []
+    except BadRecord as error:
+        return [], [error]
 
 
 def _of_shards(report: Report, shards: ShardDataset, limit: int | None) -> _Work:
@@ -220,8 +261,8 @@ def _read_all(report: Report, work: _Work, threads: int) -> None:
     waiting: deque[Future[str | BadRecord]] = deque()
     began = told = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
-        for name, place, caption in work:
-            waiting.append(pool.submit(_describe, name, place, caption))
+        for name, place, text in work:
+            waiting.append(pool.submit(_describe, name, place, text))
             if len(waiting) > 4 * threads:  # pictures of shards wait in memory
                 _note(report, waiting.popleft().result())
             if (now := time.monotonic()) - told > _SECONDS_BETWEEN_LINES:
@@ -240,9 +281,10 @@ def _note(report: Report, result: str | BadRecord) -> None:
         report.describe(result)
 
 
-def _describe(name: str, place: str | bytes, caption: str) -> str | BadRecord:
+def _describe(name: str, place: Any, text: str) -> str | BadRecord:
     try:
-        image = read_image(place, name)
+        images = [read_image(one, name) for one in (place if isinstance(place, list) else [place])]
     except BadRecord as error:
         return error
-    return f"{name}: {image.width} x {image.height} {image.mode}, {caption!r}"
+    sizes = " and ".join(f"{image.width} x {image.height} {image.mode}" for image in images)
+    return f"{name}: {sizes}" + (f", {text!r}" if text else "")

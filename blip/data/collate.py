@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,28 @@ from torch import Tensor
 from blip.errors import DataError
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
+"""B texts -> `text_ids` int64 and `text_mask` bool, both (B, T)."""
+TokenizeColumns = Mapping[str, Tokenize]
+"""Text column -> its tokenizer."""
 
 
-def collate(samples: Sequence[dict[str, Any]], tokenize: Tokenize | None = None) -> dict[str, Any]:
+class Flat(list[Any]):
+    """Values of one sample of which there may be any number; in a batch those of all samples stand flat."""
+
+
+def collate(
+    samples: Sequence[dict[str, Any]], tokenize: Tokenize | TokenizeColumns | None = None
+) -> dict[str, Any]:
     """One batch of samples that have the same keys.
 
     Tensors and arrays are stacked; truth values, integers and floats become bool, int64 and float32 tensors
-    (B,); strings and everything else a list of B values. `tokenize` adds ids and mask of `text_input`.
+    (B,); strings and everything else a list of B values. Of `Flat` values, A in all samples together, become
+    a tensor (A,) or a list.
+
+    Args:
+        samples: of B rows.
+        tokenize: what adds `text_ids` and `text_mask` of `text_input`, and `X_ids` and `X_mask` of another
+            column X; a single tokenizer is for `text_input`. Columns that the samples lack are skipped.
 
     Raises:
         DataError: samples with different keys, or tensors of different shape.
@@ -28,12 +43,20 @@ def collate(samples: Sequence[dict[str, Any]], tokenize: Tokenize | None = None)
         if set(sample) != keys:
             raise DataError(_difference("keys", samples[0], sample, sorted(keys ^ set(sample))))
     batch = {key: _stack(key, [sample[key] for sample in samples], samples) for key in samples[0]}
-    if tokenize is not None and "text_input" in batch:
-        batch.update(tokenize(batch["text_input"]))
+    columns = {"text_input": tokenize} if callable(tokenize) else tokenize or {}
+    for column, encode in columns.items():
+        if column in batch:
+            name = column.removesuffix("_input")
+            tokens = encode(batch[column])
+            batch.update({key.replace("text", name, 1): value for key, value in tokens.items()})
     return batch
 
 
 def _stack(key: str, values: list[Any], samples: Sequence[dict[str, Any]]) -> Any:
+    if isinstance(values[0], Flat):
+        values = [value for several in values for value in several]
+        if not values:
+            return values
     first = values[0]
     if isinstance(first, np.ndarray):
         values = [torch.from_numpy(value) for value in values]

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from blip import dist
 from blip.batch import Batch
-from blip.data.collate import Tokenize, collate, merge
+from blip.data.collate import Tokenize, TokenizeColumns, collate, merge
 from blip.data.mixing import Draw, MapDataset, MapSource, Plan, Reader, Share, global_id, mixture_weights
 from blip.data.samples import BadRecord
 from blip.data.shards import ShardDataset, ShardSource
@@ -52,7 +52,7 @@ class LoaderConfig:
     whole_steps: bool = False
     """In a mixture, draw the source per optimizer step, for contrastive losses over its micro-batches."""
     pad_id: int = 0
-    """Token id that fills `text_ids` behind a text."""
+    """Token id that fills `text_ids`, `answer_ids` ... behind a text."""
     pin_memory: bool = False
     """Page-locked batches, for asynchronous copies to a GPU."""
     prefetch: int = 2
@@ -78,7 +78,7 @@ class TrainLoader:
             and image sizes.
         config: sizes and switches.
         ratios: name -> `sample_ratio`; every micro-batch then comes from one dataset, the same on all ranks.
-        tokenize: texts -> `text_ids`, `text_mask`; called in the workers.
+        tokenize: texts -> `text_ids`, `text_mask`, of `text_input` or by column; called in the workers.
         skips: told of the bad records and the number of good ones.
 
     Raises:
@@ -91,7 +91,7 @@ class TrainLoader:
         datasets: Mapping[str, MapDataset | ShardDataset],
         config: LoaderConfig,
         ratios: Mapping[str, float | None] | None = None,
-        tokenize: Tokenize | None = None,
+        tokenize: Tokenize | TokenizeColumns | None = None,
         skips: Skips | None = None,
     ) -> None:
         self.config = config
@@ -301,7 +301,7 @@ class _Parts(IterableDataset):
         rank: int,
         world: int,
         position: dict[str, Any],
-        tokenize: Tokenize | None,
+        tokenize: Tokenize | TokenizeColumns | None,
     ) -> None:
         self._sources, self._plan, self._rank, self._world = sources, plan, rank, world
         self._position, self._tokenize = position, tokenize
@@ -357,7 +357,7 @@ class EvalLoader:
         dataset: Any,
         batch_size: int,
         num_workers: int = 0,
-        tokenize: Tokenize | None = None,
+        tokenize: Tokenize | TokenizeColumns | None = None,
         world: int | None = None,
         rank: int | None = None,
     ) -> None:
@@ -387,7 +387,7 @@ class EvalLoader:
 
 
 class _EvalParts(Dataset):
-    def __init__(self, dataset: Any, tokenize: Tokenize | None) -> None:
+    def __init__(self, dataset: Any, tokenize: Tokenize | TokenizeColumns | None) -> None:
         self._dataset, self._tokenize = dataset, tokenize
 
     def __getitem__(self, indices: range) -> Any:

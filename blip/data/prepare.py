@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ PROBES = 500
 """Records per annotation file whose picture is looked for, evenly spread."""
 
 _TRIES = 20
+_TEXTS = {"caption": "captions", "question": "questions", "sentence": "sentences"}
+"""Column -> what its texts are called."""
 
 
 @dataclass
@@ -63,17 +66,25 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
         _prepare_shards(row, root, outcome)
         return outcome
     images = root / row.images
-    mapper = PathMapper(images) if images.is_dir() else None
+    mapper = PathMapper(images, row.suffix) if images.is_dir() else None
     if mapper is None:
         outcome.missing.append(f"{images}{os.sep}: {row.pictures}")
     absent = []
-    for split, text in row.splits.items():
-        target = root / text
+    for split in row.splits:
+        for target in (root / text for text in row.of(split)):
+            official = _find(target, downloads)
+            if official is None:
+                absent.append(str(target))
+            else:
+                outcome.lines += _prepare_file(split, official, target, mapper, outcome.missing)
+    for target in (root / text for text in row.others):
         official = _find(target, downloads)
         if official is None:
             absent.append(str(target))
-        else:
-            outcome.lines += _prepare_file(split, official, target, mapper, outcome.missing)
+        elif official != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(official, target)
+            outcome.lines.append(f"copied {official} to {target}")
     if absent:
         outcome.missing.append(f"{', '.join(absent)}: {row.annotations}")
     return outcome
@@ -81,7 +92,7 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
 
 def _find(target: Path, downloads: Path | None) -> Path | None:
     """The file to take: in `downloads`, perhaps with the set's name in front; else the one in place."""
-    names = (target.name, f"{target.parent.parent.name}_{target.name}")
+    names = (f"{target.parent.parent.name}_{target.name}", target.name)
     found = [downloads / n for n in names if (downloads / n).is_file()] if downloads else []
     return found[0] if found else target if target.is_file() else None
 
@@ -90,17 +101,19 @@ def _prepare_file(
     split: str, official: Path, target: Path, mapper: PathMapper | None, missing: list[str]
 ) -> list[str]:
     """Validate an annotation file, and write it with relative paths where that changes anything."""
-    records = captions = malformed = absolute = moved = 0
+    records = malformed = absolute = moved = 0
+    counts = Counter[str]()
     for record in read_file(official, "json"):
         records += 1
         malformed += MALFORMED in record
-        captions += len(record["caption"]) if isinstance(record.get("caption"), list) else "caption" in record
-        image = str(record.get("image", ""))
-        absolute += os.path.isabs(image)
-        moved += mapper is not None and mapper(image) != image
+        counts.update({noun: _count(record.get(key)) for key, noun in _TEXTS.items() if key in record})
+        images = _images(record)
+        absolute += sum(map(os.path.isabs, images))
+        moved += sum(mapper(image) != image for image in images) if mapper is not None else 0
     if not records:
         raise DataError(f"{official}: holds no records; is the download complete?")
-    lines = [f"{split}: {records} records, {captions} captions in {official}"]
+    found = "".join(f", {count} {noun}" for noun, count in counts.items())
+    lines = [f"{split}: {records} records{found} in {official}"]
     if malformed:
         lines.append(f"{split}: {malformed} malformed records, which training will skip")
     if absolute and mapper is None:
@@ -122,6 +135,8 @@ def _rewrite(official: Path, target: Path, mapper: PathMapper | None) -> None:
         for number, record in enumerate(read_file(official, "json")):
             if mapper is not None and "image" in record:
                 record = {**record, "image": mapper(str(record["image"]))}
+            if mapper is not None and isinstance(record.get("images"), list):
+                record = {**record, "images": [mapper(image) for image in _images(record)]}
             yield ("[\n" if number == 0 else ",\n") + json.dumps(record)
         yield "\n]\n"
 
@@ -139,7 +154,8 @@ def _rewrite(official: Path, target: Path, mapper: PathMapper | None) -> None:
 def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: list[str]) -> list[str]:
     """How many of some pictures are there."""
     step = max(1, records // PROBES)
-    probed = [str(r.get("image", "")) for i, r in enumerate(read_file(path, "json")) if i % step == 0]
+    some = (record for i, record in enumerate(read_file(path, "json")) if i % step == 0)
+    probed = [image for record in some for image in _images(record) or [""]]
     absent = [image for image in probed if not (mapper.root / image).is_file()]
     if absent:
         share = len(absent) / len(probed)
@@ -147,6 +163,16 @@ def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: li
             f"{mapper.root / absent[0]}: this and about {share:.0%} of the pictures of {path.name}"
         )
     return [f"{split}: {len(probed) - len(absent)} of {len(probed)} pictures looked for are there"]
+
+
+def _images(record: dict[str, Any]) -> list[str]:
+    """The image paths of a record."""
+    images = record.get("images")
+    return [str(image) for image in (images if isinstance(images, list) else [record.get("image", "")])]
+
+
+def _count(texts: Any) -> int:
+    return len(texts) if isinstance(texts, list) else 1
 
 
 class PathMapper:
@@ -158,15 +184,19 @@ class PathMapper:
 
     Args:
         root: folder of the pictures.
+        suffix: added to names that have none.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, suffix: str = "") -> None:
         self.root = root
+        self.suffix = suffix
         self._parents: dict[str, str] = {}
         self._failures: dict[str, int] = {}
         self._names: dict[str, str] | None = None
 
     def __call__(self, image: str) -> str:
+        if self.suffix and not image.lower().endswith(IMAGE_SUFFIXES):
+            image += self.suffix
         parent, _, name = image.rpartition("/")
         if parent in self._parents:
             return str(PurePosixPath(self._parents[parent], name))
@@ -195,7 +225,7 @@ class PathMapper:
 
 def _prepare_shards(row: Row, root: Path, outcome: Outcome) -> None:
     """Count the samples of shards, and write the counts beside them, so that no run has to."""
-    (pattern,) = row.splits.values()
+    (pattern,) = row.files
     try:
         paths = find_shards(pattern, root)
     except DataError:
@@ -222,7 +252,7 @@ def wanted(name: str, root: Path) -> list[str]:
     """Files and folders of a named dataset that are not on disk."""
     row = catalog.row(name)
     places: list[Any] = []
-    for text in row.splits.values():
+    for text in [*row.files, *row.others]:
         if row.format == "shards":
             try:
                 find_shards(text, root)

@@ -81,7 +81,7 @@ def _open(path: Path) -> TextIO:
 
 
 def read_json(path: Path) -> Iterator[Record]:
-    """Records of a JSON file: a list, COCO captions, `{"data": [...]}`, or an object of records by id."""
+    """Records of a JSON file: a list, COCO captions, a list under `data`, or an object of records by id."""
     with _open(path) as file:
         stream = _JsonStream(file, path)
         if stream.peek() == "[":
@@ -103,8 +103,10 @@ def _records_of(content: dict[str, Any], path: Path) -> Iterator[Record]:
         yield from _coco(content["images"], content["annotations"], path)
         return
     items: Any = content
-    if isinstance(content.get("data"), list):
-        items = content["data"]
+    # The official VQA files, and those that hold their records under `data`.
+    listed = [key for key in ("data", "annotations", "questions") if isinstance(content.get(key), list)]
+    if listed:
+        items = content[listed[0]]
     elif content and all(isinstance(item, dict) for item in content.values()):
         items = [{"sample_id": key, **item} for key, item in content.items()]
     if not isinstance(items, list):

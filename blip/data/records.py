@@ -11,25 +11,29 @@ import itertools
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blip.data.readers import Record, detect, read_file
+from blip.data.readers import IMAGE_SUFFIXES, Record, detect, read_file
 from blip.data.samples import MALFORMED
 from blip.errors import DataError, hint
 
 COLUMNS = {
     "image": ("image", "file_name", "filename", "image_path", "filepath", "file", "path"),
+    "images": ("images",),
     "caption": ("caption", "captions", "text", "caption_str"),
-    "image_id": ("image_id",),
+    "image_id": ("image_id", "img_id"),
     "instance_id": ("instance_id",),
     "question": ("question",),
     "question_id": ("question_id",),
-    "answer": ("answer",),
+    "question_type": ("question_type",),
+    "answer_type": ("answer_type",),
+    "answer": ("answer", "direct_answers"),
     "answers": ("answers",),
+    "sentence": ("sentence",),
     "label": ("label",),
     "text_input": ("text_input",),
     "text_output": ("text_output",),
@@ -40,6 +44,10 @@ COLUMNS = {
     "weight": ("weight",),
 }
 """Our columns, each with the names it is looked for under, best first, where `columns` says nothing."""
+
+Required = Sequence[tuple[str, ...]] | Callable[[Sequence[str]], Sequence[tuple[str, ...]]]
+"""Columns without which data is useless, of several in one entry any; or what tells them from our names of
+the columns that there are."""
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LOOKED_AT = 100
@@ -54,6 +62,7 @@ class PackedRecords:
         roots: for each file, the folder its image paths start from.
         starts: number of the first record of each file; may grow while `records` moves from file to file.
         files: names of the files, for messages.
+        columns: our names of the columns; may grow likewise.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class PackedRecords:
         roots: Sequence[str] = ("",),
         starts: list[int] | None = None,
         files: Sequence[str] = ("",),
+        columns: Sequence[str] = (),
     ) -> None:
         blob, ends, keys, counts = bytearray(), array("q", [0]), array("Q"), array("i")
         starts = [0] if starts is None else starts
@@ -76,6 +86,7 @@ class PackedRecords:
         self.num_captions = np.frombuffer(counts, np.int32)
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self._roots, self._files = list(roots), list(files)
+        self.columns = tuple(columns)
         self._starts = np.array(starts, np.int64)
 
     def __len__(self) -> int:
@@ -97,13 +108,9 @@ class PackedRecords:
         arrays = (self._blob, self._ends, self.num_captions, self.pictures)
         return sum(array.nbytes for array in arrays)
 
-    def image(self, index: int, record: Record) -> str:
-        """Path of a record's picture; an absolute one in the annotation stays as it is.
-
-        Raises:
-            KeyError: the record names no picture.
-        """
-        return os.path.join(self._roots[self._file(index)], str(record["image"]))
+    def picture(self, index: int, entry: Any) -> str:
+        """Path of a picture that record `index` names; an absolute one in the annotation stays as it is."""
+        return os.path.join(self._roots[self._file(index)], str(entry))
 
     def where(self, index: int) -> str:
         """File and number within it of a record, for messages."""
@@ -128,13 +135,14 @@ class HfRecords:
         self._dataset, self._root, self._where = dataset, root, file
         renamed = {theirs: ours for ours, theirs in columns.items()}
         self._names = {name: renamed.get(name, name) for name in dataset.column_names}
-        id_column = columns.get("image_id") or columns["image"]
+        self.columns = tuple(columns)
+        id_column = next(columns[name] for name in ("image_id", "image", "images") if name in columns)
         light = dataset.select_columns([id_column]).with_format(None)
         keys = array("Q")
         for number, row in enumerate(light):
             value = row[id_column]
             # Embedded pictures without an id count as different ones; hashing them would read them all.
-            plain = value is not None and not isinstance(value, dict | bytes)
+            plain = value is not None and not isinstance(value, dict | bytes | list)
             keys.append(_hash(f"picture {value}" if plain else f"record {number}"))
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self.num_captions = np.ones(len(dataset), np.int32)
@@ -150,22 +158,43 @@ class HfRecords:
         row = self._dataset[int(index)]
         return {self._names[name]: value for name, value in row.items() if value is not None}
 
-    def image(self, index: int, record: Record) -> str | bytes:
-        """Content or path of a record's picture.
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
 
-        Raises:
-            KeyError: the record has none.
-        """
-        image = record["image"]
-        if isinstance(image, dict):
-            if image.get("bytes") is not None:
-                return image["bytes"]
-            image = image["path"]
-        return image if isinstance(image, bytes) else os.path.join(self._root, str(image))
+    def picture(self, index: int, entry: Any) -> str | bytes:
+        """Content or path of a picture, from what a record has in its place."""
+        if isinstance(entry, dict):
+            if entry.get("bytes") is not None:
+                return entry["bytes"]
+            entry = entry["path"]
+        return entry if isinstance(entry, bytes) else os.path.join(self._root, str(entry))
 
     def where(self, index: int) -> str:
         """Folder and row number, for messages."""
         return f"{self._where}[{index}]"
+
+
+class ById:
+    """Records by the value of one of their columns; in flat memory.
+
+    Args:
+        records: to look up; of several with the same value the first counts.
+        column: its name.
+    """
+
+    def __init__(self, records: PackedRecords, column: str) -> None:
+        self._records = records
+        keys = np.array([_hash(f"{record.get(column)}") for record in records], np.uint64)
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def get(self, value: Any) -> Record | None:
+        """The record whose column has this value, as text; None: there is none."""
+        key = np.uint64(_hash(f"{value}"))
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            return None
+        return self._records[int(self._order[place])]
 
 
 def read_records(
@@ -175,7 +204,8 @@ def read_records(
     roots: Sequence[Path | None] | None = None,
     name: str = "data",
     limit: int | None = None,
-    required: Sequence[str] = ("image", "caption"),
+    required: Required = (("image",), ("caption",)),
+    suffix: str = "",
 ) -> PackedRecords | HfRecords:
     """Records of annotation files, one after the other.
 
@@ -187,6 +217,7 @@ def read_records(
         name: of the dataset, for messages.
         limit: number of records to read; None: all.
         required: columns without which the data is useless.
+        suffix: added to names of pictures that have none, such as `.jpg`.
 
     Raises:
         DataError: no records, a missing column, a file that cannot be read; the message says what to do.
@@ -204,11 +235,14 @@ def read_records(
             raise DataError(f"datasets.{name}.path: give one Hugging Face folder, not {len(paths)} paths")
         return _read_hf(paths[0], columns, places[0], name, limit, required)
     starts: list[int] = []
-    stream = _stream(paths, layouts, columns, name, required, starts)
-    packed = PackedRecords(itertools.islice(stream, limit), places, starts, [str(path) for path in paths])
+    found: list[str] = []
+    stream = _stream(paths, layouts, columns, name, required, suffix, starts, found)
+    files = [str(path) for path in paths]
+    packed = PackedRecords(itertools.islice(stream, limit), places, starts, files, found)
     if not len(packed):
-        files = ", ".join(map(str, paths))
-        raise DataError(f"datasets.{name}.path: {files} holds no records; give a file that has some")
+        raise DataError(
+            f"datasets.{name}.path: {', '.join(files)} holds no records; give a file that has some"
+        )
     return packed
 
 
@@ -217,10 +251,12 @@ def _stream(
     layouts: Sequence[str],
     columns: Mapping[str, str],
     name: str,
-    required: Sequence[str],
+    required: Required,
+    suffix: str,
     starts: list[int],
+    found: list[str],
 ) -> Iterator[Record]:
-    """All records with our column names; notes in `starts` where each file begins."""
+    """All records with our column names; notes in `starts` where each file begins, in `found` its columns."""
     count = 0
     for path, layout in zip(paths, layouts, strict=True):
         starts.append(count)
@@ -228,10 +264,14 @@ def _stream(
             records = read_file(path, layout)
             head = list(itertools.islice(records, _LOOKED_AT))
             names = _find_columns(head, columns, path, name, required)
+            found += [ours for ours in names if ours not in found]
             names = {ours: theirs for ours, theirs in names.items() if ours != theirs}
             for record in itertools.chain(head, records):
                 count += 1
-                yield _rename(record, names)
+                record = _rename(record, names)
+                if suffix and "image" in record and not str(record["image"]).lower().endswith(IMAGE_SUFFIXES):
+                    record = {**record, "image": f"{record['image']}{suffix}"}
+                yield record
         except OSError as error:
             raise DataError(f"datasets.{name}.path: {path} cannot be read ({error.strerror})") from error
         except DataError as error:
@@ -239,7 +279,7 @@ def _stream(
 
 
 def _find_columns(
-    head: Sequence[Record], columns: Mapping[str, str], path: Path, name: str, required: Sequence[str]
+    head: Sequence[Record], columns: Mapping[str, str], path: Path, name: str, required: Required
 ) -> dict[str, str]:
     """Our name -> the file's name, from what `columns` says and the first records have."""
     good = [record for record in head if MALFORMED not in record]
@@ -257,13 +297,14 @@ def _find_columns(
                 f" {', '.join(present)}{_meant(theirs, present)}"
             )
         found = theirs or next((alias for alias in known if alias in present), None)
-        if found is None and ours in required and present:
-            raise DataError(
-                f"{path} has no column {ours!r}, only {', '.join(present)}; name the one that holds it:"
-                f" datasets.{name}.columns: {{{ours}: ...}}{_meant(ours, present)}"
-            )
         if found is not None:
             names[ours] = found
+    for some in required(list(names)) if callable(required) else required:
+        if present and not any(ours in names for ours in some):
+            raise DataError(
+                f"{path} has no column {some[0]!r}, only {', '.join(present)}; name the one that holds it:"
+                f" datasets.{name}.columns: {{{some[0]}: ...}}{_meant(some[0], present)}"
+            )
     return names
 
 
@@ -276,7 +317,7 @@ def _rename(record: Record, names: Mapping[str, str]) -> Record:
 
 
 def _read_hf(
-    path: Path, columns: Mapping[str, str], root: str, name: str, limit: int | None, required: Sequence[str]
+    path: Path, columns: Mapping[str, str], root: str, name: str, limit: int | None, required: Required
 ) -> HfRecords:
     try:
         import datasets
@@ -302,6 +343,8 @@ def _read_hf(
     for column, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            dataset = dataset.cast_column(column, type(feature)(datasets.Image(decode=False)))
     try:
         names = _find_columns([dict.fromkeys(dataset.column_names)], columns, path, name, required)
     except DataError as error:
@@ -328,7 +371,9 @@ def _picture_key(record: Record, number: int, root: str) -> int:
     """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
     if (image_id := record.get("image_id")) is not None:
         return _hash(f"id {image_id}")
-    image = record.get("image")
+    image, images = record.get("image"), record.get("images")
+    if isinstance(images, list):
+        return _hash(f"images {root} {images}")
     return _hash(f"image {os.path.join(root, image)}" if isinstance(image, str) else f"record {number}")
 
 

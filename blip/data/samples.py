@@ -6,10 +6,10 @@ import errno
 import functools
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import numpy as np
 from numpy.random import Generator
@@ -26,15 +26,31 @@ MAX_PIXELS = 89_478_485
 """Pictures with more are refused: Pillow's own bound, a quarter of a gigabyte in RGB."""
 
 
+Picture = bytes | str | Path
+"""Content or path of a picture."""
+
+
 class Sample(TypedDict, total=False):
     """One row of a batch, before collation."""
 
     image: Tensor
     """uint8 (3, H, W)."""
+    image0: Tensor
+    """uint8 (3, H, W): the first of two pictures."""
+    image1: Tensor
+    """uint8 (3, H, W): the second."""
     image_norm: Tensor
-    """float32 (2, 3): mean and std in units of [0, 1]."""
+    """float32 (2, 3): mean and std in units of [0, 1]; of both pictures where there are two."""
     text_input: str
     """Prompt and cleaned text."""
+    answer: list[str]
+    """Different answers to a question, as they stand."""
+    weight: list[float]
+    """One of each answer."""
+    n_answers: int
+    """Their number."""
+    label: int
+    """Number of the class."""
     image_id: int
     """Number of the picture within its dataset, from 0."""
     instance_id: str
@@ -44,8 +60,8 @@ class Sample(TypedDict, total=False):
 class BadRecord(DataError):
     """A record that gives no sample: it is skipped, counted by `cause` and listed by `name`.
 
-    Causes: missing_image, empty_image, truncated_image, unreadable_image, too_large, no_caption, bad_text,
-    malformed_record; shards add their own.
+    Causes: missing_image, empty_image, truncated_image, unreadable_image, too_large, malformed_record,
+    no_caption, bad_text, no_question, no_answer, no_sentence, no_label, bad_label; shards add their own.
 
     Args:
         cause: one word for the count.
@@ -71,7 +87,9 @@ class VisProcessor(Protocol):
 
 @dataclass
 class SampleMaker:
-    """Makes samples of one dataset and stage; picklable.
+    """Makes samples of one dataset and stage, of pictures with captions; picklable.
+
+    Other kinds of records have makers of their own, see `blip.data.kinds`.
 
     Args:
         vis_processor: picture -> uint8 (3, H, W).
@@ -84,15 +102,21 @@ class SampleMaker:
     text_processor: Callable[[str], str]
     prompt: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    what: ClassVar[str] = "caption"
+    """What the text of a record is called."""
 
     def __call__(
-        self, record: Mapping[str, Any], image: bytes | str | Path, name: str, rng: Generator | None = None
+        self,
+        record: Mapping[str, Any],
+        image: Picture | Sequence[Picture],
+        name: str,
+        rng: Generator | None = None,
     ) -> Sample:
         """The sample of a record.
 
         Args:
             record: with a caption; of a list of captions `rng` draws one.
-            image: content or path of the picture.
+            image: content or path of the picture, or the list of several.
             name: becomes `instance_id`.
             rng: source of all randomness; None takes a fresh, unseeded one.
 
@@ -100,13 +124,31 @@ class SampleMaker:
             BadRecord: no usable text or picture.
         """
         rng = np.random.default_rng() if rng is None else rng
-        text = self.text(self.captions(record, name), name, rng)
-        return {**self.picture(image, name, rng), "text_input": text}
+        content = self.content(record, name, rng)
+        return {**self.picture(image, name, rng), **content}  # type: ignore[arg-type]
+
+    def content(self, record: Mapping[str, Any], name: str, rng: Generator | None = None) -> Sample:
+        """All of a sample but its picture.
+
+        Raises:
+            BadRecord: no usable text.
+        """
+        return {"text_input": self.text(self.captions(record, name), name, rng)}
+
+    def single(self, record: dict[str, Any], which: int, name: str) -> dict[str, Any]:
+        """The record with only one of several captions."""
+        captions = self.captions(record, name)
+        return {**record, "caption": captions[which]} if isinstance(captions, list) and captions else record
+
+    def places(self, record: Mapping[str, Any], name: str) -> list[Any]:
+        """What the record has as picture, one entry; or as pictures."""
+        if record.get("image") is None:
+            raise BadRecord("missing_image", name, "the record has no 'image'")
+        return [record["image"]]
 
     def captions(self, record: Mapping[str, Any], name: str) -> Any:
         """What the record has as caption: normally a string or a list of strings."""
-        if MALFORMED in record:
-            raise BadRecord("malformed_record", name, str(record[MALFORMED]))
+        sound(record, name)
         return record.get(self.columns.get("caption", "caption"))
 
     def text(self, caption: Any, name: str, rng: Generator | None = None) -> str:
@@ -119,21 +161,21 @@ class SampleMaker:
             rng = np.random.default_rng() if rng is None else rng
             caption = caption[int(rng.integers(len(caption)))]
         if caption is None or caption == []:
-            raise BadRecord("no_caption", name)
+            raise BadRecord(f"no_{self.what}", name)
         if not isinstance(caption, str):
-            raise BadRecord("bad_text", name, f"the caption is {type(caption).__name__}, not text")
+            raise BadRecord("bad_text", name, f"the {self.what} is {type(caption).__name__}, not text")
         if not caption.isascii():
             try:
                 caption.encode()
             except UnicodeEncodeError as error:
-                raise BadRecord("bad_text", name, "the caption is not valid UTF-8") from error
+                raise BadRecord("bad_text", name, f"the {self.what} is not valid UTF-8") from error
         text = self.text_processor(caption)
         # Text processors may add a prompt of their own, so "nothing" is what they make of no text.
         if text.strip() == self.text_processor("").strip():
-            raise BadRecord("no_caption", name, f"nothing is left of {caption[:40]!r} after cleaning")
+            raise BadRecord(f"no_{self.what}", name, f"nothing is left of {caption[:40]!r} after cleaning")
         return self.prompt + text
 
-    def picture(self, image: bytes | str | Path, name: str, rng: Generator | None = None) -> Sample:
+    def picture(self, image: Picture, name: str, rng: Generator | None = None) -> Sample:
         """`image`, `image_norm` and `instance_id` of a picture.
 
         Raises:
@@ -143,7 +185,13 @@ class SampleMaker:
         return {"image": pixels, "image_norm": self.vis_processor.norm(), "instance_id": name}
 
 
-def read_image(image: bytes | str | Path, name: str) -> Image.Image:
+def sound(record: Mapping[str, Any], name: str) -> None:
+    """Raise BadRecord where a record could not be parsed."""
+    if MALFORMED in record:
+        raise BadRecord("malformed_record", name, str(record[MALFORMED]))
+
+
+def read_image(image: Picture, name: str) -> Image.Image:
     """The decoded picture, first frame, in whatever mode it is stored.
 
     A picture that ends early is never filled up with grey, and one of more than `MAX_PIXELS` pixels is
@@ -168,7 +216,7 @@ def read_image(image: bytes | str | Path, name: str) -> Image.Image:
         raise BadRecord(_cause(error, image), name, f"{where}: {error}".removeprefix(": ")) from error
 
 
-def _cause(error: Exception, image: bytes | str | Path) -> str:
+def _cause(error: Exception, image: Picture) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR):
         return "missing_image"
     bomb = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
@@ -181,7 +229,7 @@ def _cause(error: Exception, image: bytes | str | Path) -> str:
     return "unreadable_image"
 
 
-def _is_empty(image: bytes | str | Path) -> bool:
+def _is_empty(image: Picture) -> bool:
     return (len(image) if isinstance(image, bytes) else os.path.getsize(image)) == 0
 
 

@@ -1,57 +1,27 @@
-"""A dataset section -> files -> dataset: what `datasets.NAME` of a configuration stands for."""
+"""A dataset section -> dataset: what `datasets.NAME` of a configuration stands for."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blip.config.schema import DatasetConfig
-from blip.data import catalog
-from blip.data.catalog import CATALOG
-from blip.data.datasets import EvalPairs, PairDataset
-from blip.data.readers import detect
+from blip.data.datasets import PairDataset
+from blip.data.evaluation import EvalCaptions, EvalLabels, EvalPairs, EvalQuestions
+from blip.data.kinds import KINDS, TRUTH_VALUES, LabelMaker, PairMaker, QuestionMaker, kind_of
+from blip.data.locate import MissingData, Source, available_splits, locate
+from blip.data.readers import Record, read_file
 from blip.data.records import HfRecords, PackedRecords, read_records
-from blip.data.samples import SampleMaker
+from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
-from blip.data.tars import find_shards
-from blip.errors import ConfigError, DataError, hint
+from blip.data.truth import SceneJudge, all_answers, all_labels, read_answer_list, read_official
+from blip.errors import ConfigError, hint
 from blip.registry import PROCESSORS
 
-log = logging.getLogger(__name__)
-
-_FILES = ("json", "jsonl", "csv", "tsv")
-_SPLITS = {"train": ("train",), "val": ("val", "validation", "dev"), "test": ("test",)}
-
-
-@dataclass
-class Source:
-    """Where one split of a dataset lies: existing files of one layout."""
-
-    paths: list[Path]
-    layout: str
-    roots: list[Path | None]
-    """For each path the folder that its image paths start from; None: the folder of the file."""
-    columns: dict[str, str]
-    named: list[str]
-    """The catalogue's name where its files were looked for, else empty."""
-
-
-class MissingData(DataError):
-    """Files of datasets are not on disk.
-
-    Args:
-        problem: which ones.
-        names: of the datasets; the catalogue knows how to get some.
-        advice: what to do about others.
-    """
-
-    def __init__(self, problem: str, names: Iterable[str], advice: str = "") -> None:
-        self.problem, self.names, self.advice = problem, list(names), advice
-        super().__init__("; ".join(text for text in (problem, catalog.remedy(self.names), advice) if text))
+Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels
 
 
 def build_dataset(
@@ -61,7 +31,8 @@ def build_dataset(
     data_root: str | Path | None = None,
     train: bool = True,
     image_size: int | None = None,
-) -> PairDataset | EvalPairs | ShardDataset:
+    wanted: str | None = None,
+) -> Data:
     """The dataset that a section describes. Call it on every rank.
 
     Args:
@@ -72,17 +43,19 @@ def build_dataset(
         train: with the processors of training, one sample per caption; else for evaluation, without the
             pictures that cannot be read.
         image_size: side of the pictures where the section names no image processor.
+        wanted: what the task evaluates, as `Task.data_kind`; None: what the kind of records suggests.
 
     Raises:
         DataError: files, columns or pictures are missing, or there is nothing in them.
-        ConfigError: processors or settings that do not go together.
+        ConfigError: processors or settings that do not go together, or records of another kind than wanted.
     """
     if config.data_type != "images":
         raise ConfigError(
             f"datasets.{name}.data_type: {config.data_type!r} is no kind of files that image-text data can be"
             " read from; use images"
         )
-    maker = make_maker(name, config, "train" if train else "eval", image_size)
+    stage = "train" if train else "eval"
+    maker = make_maker(name, config, stage, image_size)  # what is wrong with it shows before files are read
     source = locate(name, config, split, data_root)
     if source.layout == "shards":
         if not train:
@@ -92,265 +65,229 @@ def build_dataset(
             )
         if config.max_samples is not None:
             raise ConfigError(f"datasets.{name}.max_samples: shards are not cut; name fewer of them in path")
+        _check_kind(name, "caption", wanted)
         maker.columns = source.columns  # records of other layouts are renamed when they are read
         return ShardDataset(name, source.paths, maker, config.lanes, config.window, config.image_ids)
-    records = read_source(name, source, config.max_samples)
-    check_pictures(name, records, source.named)
+    source.captioned = train or wanted != "caption"
+    records = read_source(name, source, config.max_samples, wanted)
+    kind = found_kind(source, records, wanted)
+    _check_kind(name, kind, wanted)
+    classes = class_names(name, config, kind, source, records, data_root)
+    maker = make_maker(name, config, stage, image_size, kind, classes)
+    check_pictures(name, records, maker, source.named)
     if train:
-        return PairDataset(name, records, maker, config.image_ids)
-    return EvalPairs(name, records, maker).verify()
+        return PairDataset(name, records, maker, config.image_ids and kind == "caption")
+    return _evaluation(name, config, source, records, maker, wanted or KINDS[kind].serves[0], data_root)
 
 
-def read_source(name: str, source: Source, limit: int | None = None) -> PackedRecords | HfRecords:
-    """The records of a located split."""
-    return read_records(source.paths, source.layout, source.columns, source.roots, name, limit)
+def _evaluation(
+    name: str,
+    config: DatasetConfig,
+    source: Source,
+    records: PackedRecords | HfRecords,
+    maker: Any,
+    wanted: str,
+    data_root: str | Path | None,
+) -> Data:
+    if wanted == "retrieval":
+        return EvalPairs(name, records, maker).verify()
+    if wanted == "caption":
+        official = read_official(source.official, "image_id") if source.official else None
+        judged = source.judged if source.judged and source.judged.is_file() else None
+        judge = SceneJudge(PackedRecords(read_file(judged, "json"))) if judged else None
+        return EvalCaptions(name, records, maker, official, judge).verify()
+    if wanted == "vqa":
+        official = read_official(source.official, "question_id") if source.official else None
+        candidates = partial(answer_candidates, name, config, source, data_root)
+        return EvalQuestions(name, records, maker, official, candidates).verify()
+    return EvalLabels(name, records, maker).verify()
 
 
-def check_pictures(name: str, records: PackedRecords | HfRecords, named: Iterable[str] = ()) -> None:
+def _check_kind(name: str, kind: str, wanted: str | None) -> None:
+    if wanted is not None and wanted not in KINDS[kind].serves:
+        fitting = [other for other in KINDS if wanted in KINDS[other].serves]
+        raise ConfigError(
+            f"datasets.{name}.kind: its records are of kind {kind}, run.task needs {' or '.join(fitting)};"
+            f" name other data, say what the columns are (datasets.{name}.kind, datasets.{name}.columns), or"
+            " choose another task"
+        )
+
+
+def read_source(
+    name: str, source: Source, limit: int | None = None, wanted: str | None = None
+) -> PackedRecords | HfRecords:
+    """The records of a located split, with the columns that its kind needs.
+
+    Args:
+        name: of the dataset.
+        source: its files.
+        limit: number of records to read; None: all.
+        wanted: see `build_dataset`.
+    """
+
+    def required(present: Sequence[str]) -> list[tuple[str, ...]]:
+        kind = source.kind if source.kind != "auto" else kind_of(present, wanted)
+        return [some for some in KINDS[kind].needs if source.captioned or some != ("caption",)]
+
+    return read_records(
+        source.paths, source.layout, source.columns, source.roots, name, limit, required, source.suffix
+    )
+
+
+def found_kind(source: Source, records: PackedRecords | HfRecords, wanted: str | None = None) -> str:
+    """What the records of a located split are, a key of `kinds.KINDS`."""
+    return source.kind if source.kind != "auto" else kind_of(records.columns, wanted)
+
+
+def class_names(
+    name: str,
+    config: DatasetConfig,
+    kind: str,
+    source: Source,
+    records: Iterable[Record],
+    data_root: str | Path | None = None,
+    training: bool = True,
+) -> Sequence[str]:
+    """Labels in the order of their numbers; empty for kinds without any.
+
+    Args:
+        name: of the section.
+        config: the section.
+        kind: of the records.
+        source: the files of a split.
+        records: of that split; without a training split, their labels are taken where they are truth values.
+        data_root: as `run.data_root`.
+        training: whether the numbers matter; else labels of `records` will do where nothing else tells.
+
+    Raises:
+        ConfigError: nothing tells them.
+        MissingData: the training split, which would, is not there.
+    """
+    if kind not in ("nlvr", "classification") or source.classes:
+        return source.classes
+    if kind == "nlvr":
+        return TRUTH_VALUES
+    learnt = _training_records(name, config, data_root)
+    classes = all_labels(records if learnt is None else learnt)
+    if learnt is None and {label.title() for label in classes} <= set(TRUTH_VALUES):
+        return TRUTH_VALUES
+    if training and (learnt is None or len(classes) < 2):
+        classes = [] if learnt is None else classes
+        raise ConfigError(
+            f"datasets.{name}.classes: not given, and the training split has"
+            f" {'only ' + repr(classes[0]) if classes else 'none'}; name them in the order of their numbers"
+        )
+    return classes
+
+
+def answer_candidates(
+    name: str, config: DatasetConfig, source: Source, data_root: str | Path | None = None
+) -> list[str] | None:
+    """The answers that may be ranked: a list of the section or the catalogue, else all of the training split.
+
+    Raises:
+        MissingData: the list of the catalogue is not there.
+    """
+    if source.answer_list is None:
+        records = _training_records(name, config, data_root)
+        return None if records is None else all_answers(records)
+    if not source.answer_list.is_file():
+        problem = f"datasets.{name}.answer_list: no file {str(source.answer_list)!r}"
+        raise MissingData(problem, source.named)
+    return read_answer_list(source.answer_list)
+
+
+def _training_records(
+    name: str, config: DatasetConfig, data_root: str | Path | None
+) -> PackedRecords | HfRecords | None:
+    """All records of the training split; None where there is no such split."""
+    if "train" not in available_splits(name, config, data_root):
+        return None
+    return read_source(name, locate(name, config, "train", data_root))
+
+
+def check_pictures(
+    name: str, records: PackedRecords | HfRecords, maker: SampleMaker, named: Iterable[str] = ()
+) -> None:
     """Raise where none of the first pictures exists: that is a wrong folder, not damaged data.
 
     Raises:
         DataError: naming the first one.
     """
-    places = []
+    places: list[Path] = []
+    entry: Any = None
     for i in range(min(len(records), 20)):
-        record = records[i]
-        place = records.image(i, record) if "image" in record else b""
-        if isinstance(place, bytes) or Path(place).exists():
-            return
-        places.append(place)
+        try:
+            entries = maker.places(records[i], "")
+        except BadRecord:
+            return  # it is counted later
+        for one in entries:
+            place = records.picture(i, one)
+            if isinstance(place, bytes) or Path(place).exists():
+                return
+            places.append(Path(place))
+            entry = one if entry is None else entry
     problem = (
-        f"datasets.{name}.images: none of the first {len(places)} pictures is there, not even {places[0]!r}"
+        f"datasets.{name}.images: none of the first {len(places)} pictures is there, not even"
+        f" {str(places[0])!r}"
     )
     named = list(named)
-    advice = f"set datasets.{name}.images to the folder that holds {records[0]['image']!r}"
+    advice = f"set datasets.{name}.images to the folder that holds {entry!r}"
     raise MissingData(problem, named, "" if named else advice)
 
 
-def available_splits(name: str, config: DatasetConfig, data_root: str | Path | None = None) -> list[str]:
-    """The splits that a section has, whether or not its files are there."""
-    return list(_splits(name, config, catalog.data_root(data_root)))
-
-
-def require_files(
-    wanted: Iterable[tuple[str, DatasetConfig, str]], data_root: str | Path | None = None
-) -> None:
-    """Raise one error that names everything missing, before anything is built.
-
-    Args:
-        wanted: (name, section, split) of each dataset that a run needs.
-        data_root: as `run.data_root`.
-
-    Raises:
-        MissingData: files of one or several datasets are missing.
-    """
-    missing = []
-    for name, config, split in wanted:
-        try:
-            locate(name, config, split, data_root)
-        except MissingData as error:
-            missing.append(error)
-    if missing:
-        problems = "; ".join(dict.fromkeys(error.problem for error in missing))
-        advice = "; ".join(dict.fromkeys(error.advice for error in missing if error.advice))
-        raise MissingData(problems, [name for error in missing for name in error.names], advice)
-
-
-def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path | None = None) -> Source:
-    """The files of one split.
-
-    Raises:
-        MissingData: they are not there.
-        DataError: the dataset is unknown, or has no such split.
-    """
-    root = catalog.data_root(data_root)
-    splits = _splits(name, config, root)
-    if split not in splits:
-        raise DataError(
-            f"datasets.{name}: no split {split!r}, only {', '.join(splits) or 'none'}; name its files, as in"
-            f" datasets.{name}.path: {{{split}: ...}}"
-        )
-    texts = _listed(splits[split])
-    named = [name] if config.path is None else []
-    row = CATALOG.get(name) if named else None
-    columns = {**(row.columns if row else {}), **config.columns}
-    layout = config.format if config.format != "auto" else (row.format if row else "auto")
-    if layout == "shards" or any(text.endswith(".tar") for text in texts):
-        return Source(_shards(name, texts, root, named), "shards", [], columns, named)
-    paths = [_existing(name, text, root, named) for text in texts]
-    if layout == "auto" and all(_detected(name, path) == "shards" for path in paths):
-        return Source(_shards(name, texts, root, named), "shards", [], columns, named)
-    return Source(paths, layout, _roots(name, config, split, paths, root), columns, named)
-
-
-def _detected(name: str, path: Path) -> str:
-    try:
-        return detect(path)
-    except DataError as error:
-        raise DataError(f"datasets.{name}.path: {error}") from error
-
-
-def _splits(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
-    """Split -> what its path says: one text or a list of them."""
-    if isinstance(config.path, Mapping):
-        found: dict[str, Any] = {split: value for split, value in config.path.items() if value is not None}
-    elif isinstance(config.path, str):
-        inside = _inside(_place(config.path, root), config.format)
-        found = inside or {config.split or "train": config.path}
-    elif config.path is not None:
-        found = {config.split or "train": config.path}
-    else:
-        found = _build_info(name, config, root)
-        if not found and name in CATALOG:
-            found = dict(CATALOG[name].splits)
-    if not found:
-        raise DataError(
-            f"datasets.{name}: not in the catalogue and without a path; give datasets.{name}.path, or a name"
-            f" that 'blip data list' shows{hint(name, CATALOG)}"
-        )
-    if config.split is None:
-        return found
-    return {split: value for split, value in found.items() if split == config.split}
-
-
-def _inside(folder: Path, layout: str) -> dict[str, str]:
-    """The splits that a folder holds by the names of its files or subfolders; empty when it is one itself."""
-    endings = (
-        [f".{layout}"] if layout in _FILES else [f".{kind}" for kind in _FILES] if layout == "auto" else []
-    )
-    found = {}
-    for split, names in _SPLITS.items():
-        files = [folder / sub / f"{n}{end}" for sub in ("", "annotations") for n in names for end in endings]
-        places = [path for path in files if path.is_file()]
-        places += [folder / n for n in names if (folder / n).is_dir()] if layout not in _FILES else []
-        if places:
-            found[split] = str(places[0].absolute())
-    return found
-
-
-def _build_info(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
-    """LAVIS's `build_info`: annotations per split, or one storage pattern of shards."""
-    found = {}
-    for split, entry in _mapping(config.build_info.get("annotations")).items():
-        storage = entry.get("storage") if isinstance(entry, Mapping) else entry
-        if storage is not None:
-            # LAVIS lists answer lists and official question files behind the records of evaluation splits.
-            found[split] = storage if split == "train" else _listed(storage)[0]
-    storage = config.build_info.get("storage")
-    found = found or ({"train": storage} if storage is not None else {})
-    if name in CATALOG and _foreign([text for value in found.values() for text in _listed(value)]):
-        log.warning("datasets.%s.build_info: its files are not on this machine; using the catalogue's", name)
-        return {}
-    return found
-
-
-def _roots(name: str, config: DatasetConfig, split: str, paths: list[Path], root: Path) -> list[Path | None]:
-    """For each annotation file the folder that its image paths start from."""
-    images: Any = config.images
-    row = CATALOG.get(name)
-    if isinstance(images, Mapping):
-        images = images.get(split)
-    if images is None:
-        images = _mapping(config.build_info.get("images")).get("storage")
-        if images is not None and row and _foreign(_listed(images)):
-            log.warning("datasets.%s.build_info: %s is not here; using the catalogue's", name, images)
-            images = None
-    if images is None and row and config.path is None:
-        images = row.images
-    if images is None:
-        # A folder that keeps its lists in `annotations` keeps its pictures beside that.
-        return [p.parent.parent if p.is_file() and p.parent.name == "annotations" else None for p in paths]
-    places = [_place(text, root) for text in _listed(images)]
-    for text, place in zip(_listed(images), places, strict=True):
-        if not place.is_dir():
-            problem = f"datasets.{name}.images: no folder {text!r}{_under(text, root)}"
-            advice = "give the folder that the records' image paths start from"
-            named = [name] if config.images is None else []
-            raise MissingData(problem, named, "" if named else advice)
-    if len(places) not in (1, len(paths)):
-        raise ConfigError(
-            f"datasets.{name}.images: {len(places)} folders for {len(paths)} annotation files; give one, or"
-            " one each"
-        )
-    return [*places] if len(places) == len(paths) else places * len(paths)  # type: ignore[return-value]
-
-
-def _existing(name: str, text: str, root: Path, named: list[str]) -> Path:
-    place = _place(text, root)
-    if not place.exists():
-        beside = sorted(p.name for p in place.parent.iterdir()) if place.parent.is_dir() else []
-        problem = f"datasets.{name}.path: no file {text!r}{_under(text, root)}"
-        advice = (
-            f"correct datasets.{name}.path or run.data_root, or put the file there{hint(place.name, beside)}"
-        )
-        raise MissingData(problem, named, "" if named else advice)
-    return place
-
-
-def _shards(name: str, texts: list[str], root: Path, named: list[str]) -> list[Path]:
-    paths = []
-    for text in texts:
-        try:
-            paths += find_shards(os.path.expanduser(text), root)
-        except DataError as error:
-            try:
-                paths += find_shards(text)
-            except DataError:
-                raise MissingData(f"datasets.{name}.path: {error}", named) from error
-        except ConfigError as error:
-            raise ConfigError(f"datasets.{name}.path: {error}") from error
-    return paths
-
-
-def _place(text: str, root: Path) -> Path:
-    """Below the data root; or, if it only exists there, below the working directory."""
-    path = Path(text).expanduser()
-    return path if not (root / path).exists() and path.exists() else root / path
-
-
-def _under(text: str, root: Path) -> str:
-    return "" if Path(text).is_absolute() else f" under {str(root)!r}"
-
-
-def _foreign(texts: list[str]) -> bool:
-    """Whether these are absolute paths of another machine: LAVIS's files name its authors' disks."""
-    return bool(texts) and all(Path(text).is_absolute() and not Path(text).exists() for text in texts)
-
-
-def _listed(value: Any) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def make_maker(name: str, config: DatasetConfig, stage: str, image_size: int | None = None) -> SampleMaker:
-    """The processors of a section for `train` or `eval`.
+def make_maker(
+    name: str,
+    config: DatasetConfig,
+    stage: str,
+    image_size: int | None = None,
+    kind: str = "caption",
+    classes: Sequence[str] = (),
+) -> SampleMaker:
+    """What makes the samples of a section, with its processors for `train` or `eval`.
 
     A missing `eval` image processor follows from that of training: the same size and normalisation, nothing
-    random. Text processors are not random, so either stands in for the other, and `blip_caption` for both.
+    random. Text processors are not random, so either stands in for the other, and that of the kind for both.
+
+    Args:
+        name: of the section.
+        config: the section.
+        stage: `train` or `eval`.
+        image_size: side of the pictures where the section names no image processor.
+        kind: of the records, a key of `kinds.KINDS`.
+        classes: names of the classes, of kinds with labels.
 
     Raises:
         ConfigError: unknown processor or option, or no image processor for training.
     """
-    where = f"datasets.{name}.vis_processor"
-    if stage in config.vis_processor:
-        vis = make_processor(config.vis_processor[stage], f"{where}.{stage}", images=True)
-    elif stage == "eval" and "train" in config.vis_processor:
-        given = make_processor(config.vis_processor["train"], f"{where}.train", images=True)
-        same = {key: getattr(given, key) for key in ("image_size", "mean", "std") if hasattr(given, key)}
-        kind = "clip_image_eval" if "clip" in config.vis_processor["train"]["name"] else "blip_image_eval"
-        vis = PROCESSORS.get(kind)(**same)
-    elif image_size is not None and not config.vis_processor:
-        kind = "blip2_image_train" if stage == "train" else "blip_image_eval"
-        vis = PROCESSORS.get(kind)(image_size=image_size)
-    else:
-        raise ConfigError(f"{where}.{stage}: not given; name one, such as {{name: blip_image_{stage}}}")
+    vis = _image_processor(f"datasets.{name}.vis_processor", config.vis_processor, stage, image_size)
     texts = config.text_processor
-    entry = texts.get(stage) or next(iter(texts.values()), {"name": "blip_caption"})
+    entry = texts.get(stage) or next(iter(texts.values()), {"name": KINDS[kind].text_processor})
     text = make_processor(entry, f"datasets.{name}.text_processor.{stage}", images=False)
+    train = stage == "train"
+    if kind == "vqa":
+        return QuestionMaker(vis, text, config.prompt, answer_weight=config.answer_weight, answered=train)
+    if kind == "nlvr":
+        return PairMaker(vis, text, config.prompt, classes=classes, swap=train, cut=config.cut)
+    if kind == "classification":
+        return LabelMaker(vis, text, config.prompt, classes=classes)
     return SampleMaker(vis, text, config.prompt)
+
+
+def _image_processor(
+    where: str, given: Mapping[str, Mapping[str, Any]], stage: str, image_size: int | None
+) -> Any:
+    if stage in given:
+        return make_processor(given[stage], f"{where}.{stage}", images=True)
+    if stage == "eval" and "train" in given:
+        other = make_processor(given["train"], f"{where}.train", images=True)
+        same = {key: getattr(other, key) for key in ("image_size", "mean", "std") if hasattr(other, key)}
+        name = "clip_image_eval" if "clip" in given["train"]["name"] else "blip_image_eval"
+        return PROCESSORS.get(name)(**same)
+    if image_size is not None and not given:
+        name = "blip2_image_train" if stage == "train" else "blip_image_eval"
+        return PROCESSORS.get(name)(image_size=image_size)
+    raise ConfigError(f"{where}.{stage}: not given; name one, such as {{name: blip_image_{stage}}}")
 
 
 def make_processor(entry: Mapping[str, Any], where: str, images: bool) -> Any:

@@ -7,17 +7,22 @@ import pytest
 from blip.config.schema import SPLITS
 from blip.data import catalog
 from blip.data.catalog import CATALOG
+from blip.data.kinds import KINDS
 from blip.data.tars import expand
 from blip.errors import DataError
 
 
 def test_names_of_lavis_and_of_the_embedded_data_are_known() -> None:
     assert {"coco_caption", "coco_retrieval", "vg_caption", "flickr30k", "laion400M"} <= set(catalog.names())
+    assert {"coco_vqa", "vg_vqa", "ok_vqa", "aok_vqa", "nlvr", "snli_ve", "nocaps"} <= set(catalog.names())
     assert {"conceptual_caption_3m", "conceptual_caption_12m", "sbu_caption", "capfilt14m"} <= set(
         catalog.names()
     )
     assert [name for name in catalog.names() if CATALOG[name].embedded] == [
         "scenes",
+        "scenes_vqa",
+        "scenes_nlvr",
+        "scenes_answers",
         "scenes_web",
         "scenes_shards",
         "scenes_web_shards",
@@ -27,13 +32,14 @@ def test_names_of_lavis_and_of_the_embedded_data_are_known() -> None:
 @pytest.mark.parametrize("name", CATALOG)
 def test_every_row_is_complete_and_stays_below_the_root(name: str) -> None:
     row = catalog.row(name)
-    assert row.kind in ("caption", "retrieval")
+    assert row.kind in ("retrieval", *KINDS)
     assert set(row.splits) <= set(SPLITS)
     assert row.about
     assert row.embedded or row.pictures
     assert bool(row.images) == (row.format != "shards")
     assert row.format == "shards" or row.embedded or row.annotations
-    for text in [*row.splits.values(), row.images]:
+    assert set(row.official) | set(row.judged) <= set(row.splits)
+    for text in [*row.files, *row.others, *row.judged.values(), row.images]:
         assert all(not Path(path).is_absolute() and ".." not in path for path in expand(text))
 
 

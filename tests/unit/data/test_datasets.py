@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blip.data.datasets import MAX_SUBSTITUTES, EvalPairs, PairDataset
+from blip.data.datasets import MAX_SUBSTITUTES, PairDataset
+from blip.data.evaluation import EvalPairs
 from blip.data.records import PackedRecords
 from blip.data.samples import MALFORMED, BadRecord, SampleMaker
 from blip.errors import DataError

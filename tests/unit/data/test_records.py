@@ -124,7 +124,7 @@ def test_a_folder_with_metadata_is_that_table(tmp_path: Path, name: str) -> None
     )
     records = read_records([tmp_path])
     assert list(records) == [{"image": "x/1.jpg", "caption": "a dog"}]
-    assert records.image(0, records[0]) == str(tmp_path / "x/1.jpg")
+    assert records.picture(0, records[0]["image"]) == str(tmp_path / "x/1.jpg")
 
 
 def test_columns_are_renamed_and_others_kept(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_several_files_are_one_list_and_know_their_places(tmp_path: Path) -> Non
     one = write(tmp_path / "one/r.json", json.dumps(RECORDS[:2]))
     two = write(tmp_path / "two/r.csv", "image,caption\nz.jpg,zebra\n/abs/y.jpg,yak\n")
     records = read_records([one, two], roots=[None, tmp_path / "pictures"])
-    assert [records.image(i, record) for i, record in enumerate(records)] == [
+    assert [records.picture(i, record["image"]) for i, record in enumerate(records)] == [
         str(tmp_path / "one/a.jpg"),
         str(tmp_path / "one/b.jpg"),
         str(tmp_path / "pictures/z.jpg"),
@@ -335,7 +335,7 @@ def test_a_hugging_face_folder_is_read_row_by_row(tmp_path: Path) -> None:
     made.save_to_disk(tmp_path / "embedded")
     records = read_records([tmp_path / "embedded"], columns={"image": "picture"})
     assert records[0]["caption"] == ["a", "b"]
-    content = records.image(0, records[0])
+    content = records.picture(0, records[0]["image"])
     assert isinstance(content, bytes) or Path(content).is_file()
     assert (records.num_captions.tolist(), records.pictures.tolist()) == ([2, 1], [0, 1])
 
@@ -343,7 +343,7 @@ def test_a_hugging_face_folder_is_read_row_by_row(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(paths).save_to_disk(tmp_path / "paths")
     records = read_records([tmp_path / "paths"], limit=3)
     assert records.pictures.tolist() == [0, 1, 0]
-    assert records.image(1, records[1]) == str(tmp_path / "paths/b.jpg")
+    assert records.picture(1, records[1]["image"]) == str(tmp_path / "paths/b.jpg")
     datasets.Dataset.from_dict({"image": ["a.jpg"]}).save_to_disk(tmp_path / "bare")
     with pytest.raises(DataError, match="no column 'caption', only image"):
         read_records([tmp_path / "bare"])

@@ -16,17 +16,11 @@ from PIL import Image
 
 from blip.config.schema import DatasetConfig
 from blip.data.catalog import CATALOG
-from blip.data.datasets import EvalPairs, PairDataset
+from blip.data.datasets import PairDataset
+from blip.data.evaluation import EvalPairs
+from blip.data.locate import MissingData, available_splits, locate, require_files
 from blip.data.shards import ShardDataset
-from blip.data.sources import (
-    MissingData,
-    available_splits,
-    build_dataset,
-    locate,
-    make_maker,
-    make_processor,
-    require_files,
-)
+from blip.data.sources import build_dataset, make_maker, make_processor
 from blip.errors import ConfigError, DataError
 
 SMALL = {"train": {"name": "blip2_image_train", "image_size": 16}}
