@@ -175,6 +175,14 @@ class Attention(MultiHead):
         return self.norm(hidden + F.dropout(seen, self.dropout, self.training))
 
 
+    def with_weights(self, hidden: Tensor, source: KeyValue) -> tuple[Tensor, Tensor]:
+        """As `forward` without mask and dropout, and the attention probabilities (B, H, T, S) beside it."""
+        query = self._heads(self.query(hidden))
+        weights = torch.softmax(query @ source.key.mT / query.shape[-1] ** 0.5, dim=-1)
+        seen = self.out((weights @ source.value).transpose(1, 2).flatten(2))
+        return self.norm(hidden + seen), weights
+
+
 class PairAttention(nn.Module):
     """Cross-attention to two images at once, in one sub-block of BERT (BLIP for NLVR2, section 5.5).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from blip.batch import Output
 from blip.errors import UsageError, hint
 from blip.layers.attention import ImageKeys
+from blip.layers.masks import padding_mask
 from blip.losses import at_least_float32
 from blip.models.base import BlipModel
 from blip.models.blip_config import BlipConfig
@@ -154,6 +156,53 @@ class BlipImageTextMatching(BlipFeatureExtractor):
         first = None if self.config.itm_token == "enc" else int(self.word_pieces.cls_id)
         states = self.text.grounded(text_ids, text_mask, images, first_only=True, first_id=first)
         return self.itm_head(states[:, 0])
+
+    def compute_gradcam(self, samples: dict[str, Any], block_num: int = 6) -> tuple[list[Tensor], Tensor]:
+        """Where each text looks while it is judged: attention times its gradient (Grad-CAM, as LAVIS has it).
+
+        Args:
+            samples: `image` and `text_input` (or `text_ids`, `text_mask`) of B pairs.
+            block_num: layer of the text transformer, from 0; its cross-attention is shown.
+
+        Returns:
+            For each pair maps (2 + n, h, w) over the patches: that of [ENC], the mean over the words, and one
+            for each of its n tokens, [ENC] and [SEP] included; and the matching logits (B, 2).
+
+        Raises:
+            UsageError: no such layer.
+        """
+        samples = self.with_text(samples)
+        with torch.enable_grad():
+            logits, weights = self._watch(samples, block_num)
+            (slope,) = torch.autograd.grad(logits[:, 1].sum(), weights)
+        side = isqrt(weights.shape[-1])  # what is more than a square is [CLS] and the like, in front
+        seen = (weights * slope.clamp(min=0))[..., weights.shape[-1] - side**2 :]
+        seen = seen.detach().mean(dim=1).unflatten(-1, (side, side))  # (B, T, h, w)
+        maps = []
+        for each, length in zip(seen, samples["text_mask"].sum(dim=1).tolist(), strict=True):
+            words = each[1 : length - 1].sum(dim=0) / max(length - 2, 1)
+            maps.append(torch.cat([each[:1], words[None], each[:length]]))
+        return maps, logits.detach()
+
+    def _watch(self, samples: dict[str, Any], block_num: int) -> tuple[Tensor, Tensor]:
+        """Matching logits (B, 2), and the cross-attention (B, H, T, P) of a layer on the way to them."""
+        layers = self.text.blocks()
+        if not 0 <= block_num < len(layers):
+            raise UsageError(f"block_num: {block_num}, where layers are 0 to {len(layers) - 1}")
+        ids, mask = samples["text_ids"].clone(), padding_mask(samples["text_mask"])
+        ids[:, 0] = self.text.enc_id
+        keys = self.text.image_keys(self.image_states(samples))
+        hidden = self.text.embedding(ids)
+        weights = hidden
+        for i, layer in enumerate(layers):
+            cross, segment = layer.part("cross_attn", "encode"), keys.segment(i, 1)
+            hidden = layer.part("self_attn", "encode")(hidden, layer.keys_values(hidden, "encode"), mask)
+            if i == block_num:
+                hidden, weights = cross.with_weights(hidden, segment.source)
+            else:
+                hidden = cross(hidden, [segment])
+            hidden = layer.part("ffn", "encode")(hidden)
+        return self.itm_head(hidden[:, 0]), weights
 
 
 def _unit(states: Tensor) -> Tensor:

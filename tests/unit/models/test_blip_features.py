@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blip.errors import UsageError
+from blip.layers.attention import Attention, KeyValue
 from blip.models.blip_features import BlipFeatureExtractor, BlipImageTextMatching
 from blip.models.med import MedConfig
 from tests.reference import blip as reference
@@ -138,3 +139,40 @@ def test_presets_are_lavis() -> None:
     assert BlipFeatureExtractor.presets == {"base": {"image_size": 224}}
     assert BlipImageTextMatching.presets["base"] == {"image_size": 384}
     assert BlipImageTextMatching.presets["large"]["vit_type"] == "large"
+
+
+def test_grad_cam_is_attention_times_its_positive_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slope of the matching logit is found by moving single attention weights."""
+    model, batch = small_blip("matching").eval(), global_batch(ROWS, ids=False)
+    maps, logits = model.compute_gradcam(batch, block_num=0)
+    torch.testing.assert_close(logits, model(batch).detach(), **NEAR)
+    assert [len(found) for found in maps] == (batch["text_mask"].sum(dim=1) + 2).tolist()
+    plain = Attention.with_weights
+    row, token, patch, step = 1, 2, 3, 1e-5
+
+    def moved(head: int) -> float:
+        def with_weights(self: Attention, hidden: Tensor, source: KeyValue) -> tuple[Tensor, Tensor]:
+            _, weights = plain(self, hidden, source)
+            shift = torch.zeros_like(weights)
+            shift[row, head, token, 1 + patch] = step  # behind [CLS]
+            seen = ((weights + shift) @ source.value).transpose(1, 2).flatten(2)
+            return self.norm(hidden + self.out(seen)), weights
+
+        monkeypatch.setattr(Attention, "with_weights", with_weights)
+        _, changed = model.compute_gradcam(batch, block_num=0)
+        monkeypatch.setattr(Attention, "with_weights", plain)
+        return float(changed[row, 1] - logits[row, 1]) / step
+
+    with torch.no_grad():
+        _, weights = model._watch(model.with_text(batch), 0)
+    slopes = [moved(head) for head in range(weights.shape[1])]
+    assert max(slopes) > 0
+    expected = sum(
+        float(weights[row, head, token, 1 + patch]) * max(slope, 0.0) for head, slope in enumerate(slopes)
+    ) / len(slopes)
+    assert float(maps[row][2 + token].flatten()[patch]) == pytest.approx(expected, rel=1e-4)
+    words = maps[row][3 : 2 + int(batch["text_mask"][row].sum()) - 1]
+    torch.testing.assert_close(maps[row][1], words.mean(dim=0))
+    torch.testing.assert_close(maps[row][0], maps[row][2])
+    with pytest.raises(UsageError, match="block_num: 9, where layers are 0 to"):
+        model.compute_gradcam(batch, block_num=9)
