@@ -10,15 +10,13 @@ import torch
 from PIL import Image
 
 from blip.data.datasets import MAX_SUBSTITUTES, PairDataset
-from blip.data.evaluation import EvalPairs
 from blip.data.records import PackedRecords
 from blip.data.samples import MALFORMED, BadRecord, SampleMaker
 from blip.errors import DataError
-from blip.processors.image import Blip2ImageTrain, BlipImageEval
+from blip.processors.image import Blip2ImageTrain
 from blip.processors.text import BlipCaption
 
 TRAIN = SampleMaker(Blip2ImageTrain(image_size=8), BlipCaption())
-EVAL = SampleMaker(BlipImageEval(image_size=8), BlipCaption())
 
 
 @pytest.fixture
@@ -130,52 +128,3 @@ def test_a_dataset_without_good_records_stops(folder: Path) -> None:
     ) as e:
         dataset.sample_or_substitute(0, 0, 0)
     assert not isinstance(e.value, BadRecord)
-
-
-def test_evaluation_pairs_are_those_of_lavis(folder: Path) -> None:
-    data = EvalPairs(
-        "val", packed(folder, ("a", ["A one.", "two"]), ("b", ["three"]), ("a", "four"), ("c", "five")), EVAL
-    )
-    assert data.text == ["a one", "two", "four", "three", "five"]
-    assert data.txt2img == [0, 0, 0, 1, 2]
-    assert data.img2txt == [[0, 1, 2], [3], [4]]
-    assert len(data) == 3
-    assert [data.instance_id(i) for i in range(3)] == ["val/0", "val/1", "val/3"]
-    expected = BlipImageEval(image_size=8).pixels(Image.open(folder / "b.png"))
-    sample = data.image(1)
-    assert torch.equal(sample.pop("image"), expected)
-    assert (sample["image_id"], sample["instance_id"], sorted(sample)) == (
-        1,
-        "val/1",
-        ["image_id", "image_norm", "instance_id"],
-    )
-    assert (data.pair(3)["text_input"], data.pair(3)["image_id"]) == ("three", 1)
-
-
-def test_unreadable_pictures_are_left_out_of_an_evaluation(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    records = packed(
-        folder,
-        ("a", ["a1", "!"]),
-        ("cut", ["bad 1", "bad 2"]),
-        ("b", "..."),
-        ("none", "bad 3"),
-        ("c", ["c1", "c2"]),
-    )
-    data = EvalPairs("val", records, EVAL).verify(threads=2)
-    assert (data.text, data.txt2img, data.img2txt) == (["a1", "c1", "c2"], [0, 1, 1], [[0], [1, 2]])
-    assert [(e.name, e.cause) for e in data.bad] == [
-        ("val/0#1", "no_caption"),
-        ("val/2", "no_caption"),
-        ("val/1", "truncated_image"),
-        ("val/3", "missing_image"),
-    ]
-    assert [data.image(i)["instance_id"] for i in range(2)] == ["val/0", "val/4"]
-    assert "4 records are left out of the evaluation (2 no_caption, " in caplog.text
-
-
-@pytest.mark.parametrize("records", [[("cut", "x")], [("a", "")], [("none", "x"), ("empty", "y")]], ids=str)
-def test_an_evaluation_of_nothing_is_an_error(folder: Path, records: list[tuple[str, str]]) -> None:
-    with pytest.raises(DataError, match=r"nothing to evaluate on, all .* records are unusable"):
-        EvalPairs("val", packed(folder, *records), EVAL).verify()
