@@ -342,3 +342,69 @@ def test_the_module_runs_as_a_command(root: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "vg_caption" in done.stdout
+
+
+def test_questions_and_sentences_are_checked(root: Path, capsys: Captured) -> None:
+    for name in "ab":
+        picture(root / f"own/{name}.png")
+    put(root / "own/train.json", [{"image": "a.png", "question": "What is it?"}] * 2)
+    assert "100.0%" in fails(capsys, "check", "own")  # answers are wanted in training only
+    put(root / "own/val.json", [{"image": "a.png", "question": "What is it?"}] * 2)
+    assert main(["check", "own", "--split", "val"]) == 0
+    assert "own val: 2 records, 1 pictures, 2 questions" in capsys.readouterr().out
+    pairs = [{"images": ["a.png", f"{n}.png"], "sentence": "a left one", "label": "True"} for n in "bx"]
+    put(root / "own/pairs.jsonl", "\n".join(map(json.dumps, pairs)))
+    assert main(["check", "own/pairs.jsonl", "--max-bad-ratio", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "pairs train: 2 records, 2 pictures, 2 sentences" in out
+    assert "sentence tokens: min 3, median 3, 95% 3, max 3" in out
+    assert "1 missing_image" in out
+    assert "pairs/0: 12 x 10 RGB and 12 x 10 RGB, 'a left one'" in out
+    put(
+        root / "own/one.json", [{"image": "a.png", "caption": "a dog", "label": n} for n in ("yes", "no", "")]
+    )
+    assert main(["check", "own/one.json", "--kind", "classification", "--max-bad-ratio", "1"]) == 0
+    assert "1 no_label" in capsys.readouterr().out
+    assert main(["check", "own/one.json"]) == 0
+    assert "3 captions" in capsys.readouterr().out
+
+
+def test_prepare_brings_lists_pairs_and_official_files(root: Path, tmp_path: Path, capsys: Captured) -> None:
+    for name in ("dev/1-img0.png", "dev/1-img1.png"):
+        picture(root / "nlvr/images" / name)
+    record = {"images": ["/export/nlvr/dev/1-img0.png", "/export/nlvr/dev/1-img1.png"], "sentence": "x"}
+    for split in ("train", "dev", "test"):
+        put(tmp_path / f"in/nlvr_{split}.json", [{**record, "label": "True"}])
+    assert main(["prepare", "nlvr", "--from", "in"]) == 0
+    out = capsys.readouterr().out
+    assert "train: 1 records, 1 sentences in" in out
+    assert "2 image paths adapted" in out
+    assert "2 of 2 pictures looked for are there" in out
+    written = json.loads((root / "nlvr/annotations/dev.json").read_text())
+    assert written == [{**record, "images": ["dev/1-img0.png", "dev/1-img1.png"], "label": "True"}]
+    assert main(["check", "nlvr", "--split", "val"]) == 0
+
+    capsys.readouterr()
+    picture(root / "coco/images/val2014/a.jpg")
+    row = CATALOG["ok_vqa"]
+    for file in (*row.files, row.answer_list):
+        name = Path(file).name
+        content = ["yes"] if file == row.answer_list else [{"image": "val2014/a.jpg", "question": "q"}]
+        put(tmp_path / "in" / name, content)
+    assert "1 entries" in fails(capsys, "prepare", "ok_vqa", "--from", "in")
+    put(tmp_path / "in/mscoco_val2014_annotations.json", {"annotations": []})
+    assert main(["prepare", "ok_vqa", "--from", "in"]) == 0
+    assert "1 questions in" in capsys.readouterr().out
+    assert all((root / file).is_file() for file in (*row.files, *row.others))
+    assert main(["list"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ok_vqa "))
+    assert " ready " in line
+
+
+def test_names_of_pictures_without_suffix_are_completed(root: Path, tmp_path: Path) -> None:
+    picture(root / "flickr30k/images/flickr30k-images/12.jpg")
+    for split in ("train", "dev", "test"):
+        put(tmp_path / f"in/ve_{split}.json", [{"image": "12", "sentence": "x", "label": "neutral"}])
+    assert main(["prepare", "snli_ve", "--from", "in"]) == 0
+    assert json.loads((root / "snli/annotations/ve_dev.json").read_text())[0]["image"] == "12.jpg"
+    assert main(["check", "snli_ve"]) == 0
