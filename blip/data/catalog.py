@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blip.data.scenes_questions import answers
 from blip.errors import DataError, hint
 
 ROOT_VARIABLE = "BLIP_DATA"
@@ -127,6 +128,7 @@ CATALOG: dict[str, Row] = {
         splits=_scenes("vqa_{}", *_ALL),
         images="scenes",
         columns={"sentence": "question", "label": "answer"},
+        classes=tuple(answers()),
         about="embedded: the same questions, whose answers are classes",
     ),
     "scenes_web": Row(

@@ -82,6 +82,13 @@ def vocabulary() -> set[str]:
     )
 
 
+def answers() -> list[str]:
+    """Every answer that a question can have, sorted."""
+    places = [place_name((row, column)) for row in range(3) for column in range(3)]
+    numbers = [str(number) for number in range(5)]
+    return sorted({*ANSWERS, *numbers, *places, *SHAPES, *COLORS, *SIZES, *TEXTURES})
+
+
 def attribute(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[Thing, Question] | None:
     """A thing and a question for its color, shape, size, texture or position."""
     thing = pick(rng, scene.things)

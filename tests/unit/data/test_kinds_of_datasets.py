@@ -169,6 +169,13 @@ def test_names_of_the_catalogue_have_their_classes_and_suffix(root: Path) -> Non
     assert Path(data.picture(0)).name == "a.jpg"
 
 
+def test_answers_to_questions_about_scenes_are_classes(scenes: Path) -> None:
+    data: Any = build_dataset("scenes_answers", section(), "test", scenes, train=False)
+    stored = json.loads((scenes / "scenes/annotations/vqa_test.json").read_text())
+    assert data.bad == []
+    assert [data.classes[data.label(i)] for i in range(len(data))] == [record["answer"] for record in stored]
+
+
 # Answers
 
 

@@ -22,6 +22,7 @@ from blip.data.scenes_instruct import TYPES as TASK_TYPES
 from blip.data.scenes_instruct import task, tasks
 from blip.data.scenes_pairs import NUMBERS, Pair, pairs
 from blip.data.scenes_questions import TYPES as QUESTION_TYPES
+from blip.data.scenes_questions import answers as all_answers
 from blip.data.scenes_questions import questions
 from blip.data.scenes_text import place_name
 from blip.data.scenes_web import RATES, web_text
@@ -100,6 +101,10 @@ def test_every_answer_is_right(kind: str):
     assert len(some) > 100
     for s, question, said in some:
         assert answer(kind, question, s) == said, (question, s.things)
+
+
+def test_every_answer_is_listed():
+    assert sorted({said for *_, said in ASKED + TRAIN_ASKED}) == all_answers()
 
 
 def test_guessing_without_the_picture_does_not_pay():
