@@ -115,6 +115,16 @@ def test_tables_have_questions_too(root: Path) -> None:
     assert [(s["text_input"], s["answer"]) for s in data] == [("what?", ["a cat"]), ("who?", ["2"])]
 
 
+def test_captions_to_train_on_begin_with_the_prompt(root: Path) -> None:
+    put(root / "own/list.json", [{"image": "a.jpg", "caption": "A Cat."}])
+    texts = {"train": {"name": "blip_caption", "prompt": "a picture of "}, "eval": {"name": "blip_caption"}}
+    config = section(path="own/list.json", text_processor=texts)
+    train: Any = build_dataset("mine", config, "train", root, wanted="caption")
+    assert train[0]["text_input"] == "a picture of a cat"
+    judged: Any = build_dataset("mine", config, "train", root, train=False, wanted="caption")
+    assert judged.references(0) == ["A Cat."]
+
+
 def test_data_of_two_kinds_do_not_share_a_batch(scenes: Path) -> None:
     data: Any = {n: build_dataset(n, section(), "train", scenes) for n in ("scenes", "scenes_vqa")}
     with pytest.raises(DataError, match="different keys"):
