@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,24 +11,8 @@ from torch import Tensor
 
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, UsageError, hint
-from blip.formats import hf
-
-_VIT = {
-    "patch_size": "patch_size",
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "norm_eps": "layer_norm_eps",
-}
-_QFORMER = {
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "max_positions": "max_position_embeddings",
-    "norm_eps": "layer_norm_eps",
-}
+from blip.formats import hf, hf_blip
+from blip.formats.hf_blip import BERT, EXPLICIT, VIT, check_fixed
 
 
 class HfModel(NamedTuple):
@@ -39,25 +24,27 @@ class HfModel(NamedTuple):
     """Their configuration -> values of ours."""
     build: Callable[[Any, Any], Any]
     """Our configuration and model -> their model, with random weights."""
+    also: tuple[str, ...] = ()
+    """Further models of ours whose weights it can hold."""
+    explicit: tuple[str, ...] = ()
+    """Dotted keys of `config.json` whose defaults are not to be trusted."""
 
 
 def _retrieval_values(config: Any) -> dict[str, Any]:
     vision, qformer = config.vision_config, config.qformer_config
-    fixed = [
-        ("vision_config.hidden_act", vision.hidden_act, "gelu"),
-        ("vision_config.qkv_bias", vision.qkv_bias, True),
-        ("qformer_config.hidden_act", qformer.hidden_act, "gelu"),
-    ]
-    for key, value, only in fixed:
-        if value != only:
-            raise CheckpointError(f"config.json: {key} is {value!r}; BLIP-2 has {only!r}, and nothing else")
+    fixed = {
+        "vision_config.hidden_act": "gelu",
+        "vision_config.qkv_bias": True,
+        "qformer_config.hidden_act": "gelu",
+    }
+    check_fixed(config, fixed, "BLIP-2")
     return {
         "vit_model": "eva_clip_g",
         "image_size": vision.image_size,
-        "vit": {ours: getattr(vision, theirs) for ours, theirs in _VIT.items()},
+        "vit": {ours: getattr(vision, theirs) for ours, theirs in VIT.items()},
         "num_query_token": config.num_query_tokens,
         "cross_attention_freq": qformer.cross_attention_frequency,
-        "qformer": {ours: getattr(qformer, theirs) for ours, theirs in _QFORMER.items()},
+        "qformer": {ours: getattr(qformer, theirs) for ours, theirs in BERT.items()},
         "embed_dim": config.image_text_hidden_size,
         "vocab_size": qformer.vocab_size,
         "max_txt_len": min(32, qformer.max_position_embeddings),
@@ -82,7 +69,7 @@ def _build_retrieval(config: Any, model: Any) -> Any:
     return Blip2ForImageTextRetrieval(
         Blip2Config(
             vision_config=Blip2VisionConfig(
-                image_size=vit.image_size, **{theirs: getattr(vit, ours) for ours, theirs in _VIT.items()}
+                image_size=vit.image_size, **{theirs: getattr(vit, ours) for ours, theirs in VIT.items()}
             ),
             qformer_config=Blip2QFormerConfig(
                 vocab_size=model.qformer.embedding.word.num_embeddings,
@@ -91,7 +78,7 @@ def _build_retrieval(config: Any, model: Any) -> Any:
                 hidden_dropout_prob=config.dropout,
                 attention_probs_dropout_prob=config.dropout,
                 use_qformer_text_input=True,
-                **{theirs: getattr(qformer, ours) for ours, theirs in _QFORMER.items()},
+                **{theirs: getattr(qformer, ours) for ours, theirs in BERT.items()},
             ),
             num_query_tokens=config.num_query_token,
             image_text_hidden_size=config.embed_dim,
@@ -100,7 +87,23 @@ def _build_retrieval(config: Any, model: Any) -> Any:
 
 
 CLASSES = {
-    "Blip2ForImageTextRetrieval": HfModel("blip2_image_text_matching", _retrieval_values, _build_retrieval),
+    "Blip2ForImageTextRetrieval": HfModel(
+        "blip2_image_text_matching",
+        _retrieval_values,
+        _build_retrieval,
+        also=("blip2", "blip2_feature_extractor"),
+    ),
+    "BlipForImageTextRetrieval": HfModel(
+        "blip_image_text_matching",
+        hf_blip.retrieval_values,
+        hf_blip.build_retrieval,
+        also=("blip_retrieval",),
+        explicit=EXPLICIT,
+    ),
+    "BlipForConditionalGeneration": HfModel(
+        "blip_caption", hf_blip.caption_values, hf_blip.build_caption, explicit=EXPLICIT
+    ),
+    "BlipForQuestionAnswering": HfModel("blip_vqa", hf_blip.vqa_values, hf_blip.build_vqa, explicit=EXPLICIT),
 }
 """Class of transformers -> what it is here."""
 
@@ -124,6 +127,7 @@ def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, 
             f"'{folder}' holds a {given}, which has no counterpart here{hint(given, CLASSES)}"
         )
     try:
+        _check_explicit(folder, CLASSES[name].explicit)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         values = CLASSES[name].values(config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -132,6 +136,17 @@ def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, 
     if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         values["tokenizer"] = str(folder)
     return CLASSES[name].arch, values
+
+
+def _check_explicit(folder: Path, keys: tuple[str, ...]) -> None:
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in keys:
+        section, _, field = key.partition(".")
+        if field not in said.get(section, {}):
+            raise CheckpointError(
+                f"'{folder}': config.json does not say {key}, and the default of transformers is not that of"
+                " BLIP's weights; write it there"
+            )
 
 
 def to_model(arch: str, model: Any) -> Any:
@@ -145,12 +160,11 @@ def to_model(arch: str, model: Any) -> Any:
         UsageError: transformers has no such model.
         CheckpointError: weights that its layout has no place for.
     """
-    tables = {found.arch: found for found in CLASSES.values()}
-    fitting = [found for name, found in tables.items() if hf.TABLES.get(name) is hf.TABLES.get(arch, ())]
-    if not fitting:
+    fitting = next((found for found in CLASSES.values() if arch in (found.arch, *found.also)), None)
+    if fitting is None:
         raise UsageError(f"to_hf: transformers has no counterpart of {arch!r}{hint(arch, hf.TABLES)}")
     config: ModelConfig = model.config
-    theirs = fitting[0].build(config, model)
+    theirs = fitting.build(config, model)
     state: Mapping[str, Tensor] = hf.table(arch).to_theirs(model.state_dict()).state
     theirs.load_state_dict(dict(state))
     return theirs.eval()

@@ -113,6 +113,17 @@ def _queue(ids: bool) -> list[Rule]:
     return rules
 
 
+def training_state() -> list[str]:
+    """Our names of what retrieval has for its training only: temperature, momentum twin and queue."""
+    names: dict[str, None] = {}
+    for rule in (*_same("temp"), *_twin(), *_queue(ids=True)):
+        if isinstance(rule, Rename):
+            names[rule.ours] = None
+        elif isinstance(rule, Transform):
+            names |= dict.fromkeys(rule.ours)
+    return list(names)
+
+
 def _pretrain(share: str) -> Table:
     heads, momentum = [*_contrast(), *_same("temp")], [*_twin(), *_queue(ids=False)]
     return Table(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from blip.formats.source import left_out, local_copy, recognise
-from blip.weights import load_into, matches, read_weights, some
+from blip.formats.source import Recognised, left_out, local_copy, recognise
+from blip.weights import load_into, matches, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +17,9 @@ log = logging.getLogger(__name__)
 def load_any(model: Any, source: str | Path, data_root: str | Path | None = None) -> list[str]:
     """Load weights, whose names tell the layout, into a model; returns a line of report per part.
 
-    Frozen parts that the weights leave out are loaded from where the model's configuration says. What the
-    layout has no place for (Hugging Face: LM head, temperature) keeps its values, with a warning.
+    They may be of another model of the family: what has no place is left out, what they lack keeps the values
+    it starts with, both with a line of report. Frozen parts that the weights leave out are loaded from where
+    the model's configuration says.
 
     Args:
         model: `BlipModel`.
@@ -30,8 +33,38 @@ def load_any(model: Any, source: str | Path, data_root: str | Path | None = None
     weights = recognise(read_weights(local_copy(source)), model.config.arch or None, name)
     absent = left_out(weights.tensors, model.freezable)
     lines = model.load_frozen(absent, data_root) if absent else []
-    present = [prefix + "*" for prefix in absent if prefix in model.frozen_parts()]
-    report = load_into(model, weights.tensors, source=name, allow_missing=[*present, *weights.absent])
-    if kept := [n for n in report.missing if matches(n, weights.absent)]:
-        log.warning("%s has no %s, which keep the values they start with", name, some(kept))
-    return [*lines, report.text()]
+    present = [prefix for prefix in absent if prefix in model.frozen_parts()]
+    return [*lines, *fill(model, weights, name, present)]
+
+
+def fill(model: Any, weights: Recognised, name: str, present: list[str]) -> list[str]:
+    """Weights into a model that adopts them; returns lines of report.
+
+    Args:
+        model: `BlipModel`.
+        weights: under our names, of the model or a relative.
+        name: what messages call them.
+        present: prefixes of parts that the model has already.
+
+    Raises:
+        CheckpointError: a name is missing, unexpected or of another shape.
+    """
+    tensors, without_place, kept = model.adopt(weights.tensors)
+    lacking = [*weights.absent, *kept, *(f"{prefix}*" for prefix in (*present, *model.replaceable))]
+    report = load_into(model, tensors, source=name, allow_missing=lacking)
+    lines = [report.text()]
+    for reason in dict.fromkeys(without_place.values()):
+        names = [n for n, why in without_place.items() if why == reason]
+        lines.append(f"left out of {name}: {_by_part(names)} ({reason})")
+    made = [n for n in report.missing if n.startswith(tuple(model.replaceable))]
+    lines += model.replace(made) if made else []
+    stay = [n for n in report.missing if n not in made and matches(n, [*weights.absent, *kept])]
+    if stay:
+        log.warning("%s has no %s, which keep the values they start with", name, _by_part(stay))
+    return lines
+
+
+def _by_part(names: Iterable[str]) -> str:
+    """How many tensors of each part: `itm_head.* (2), temp`."""
+    counts = Counter(name.partition(".")[0] + (".*" if "." in name else "") for name in names)
+    return ", ".join(f"{part} ({count})" if part.endswith("*") else part for part, count in counts.items())

@@ -106,31 +106,41 @@ def recognise(tensors: dict[str, Tensor], arch: str | None = None, name: str = "
 
     Args:
         tensors: as they were read.
-        arch: model that they must be of; None: the first one that has a place for all of them.
+        arch: model that they are for: if they are not of it, they may be of another one of its family, which
+            it can `adopt`. None: the first model that has a place for all of them.
         name: what messages call them.
 
     Raises:
-        CheckpointError: the layout is known, but no model (or not this one) has a place for all of them.
+        CheckpointError: the layout is known, but no model (of the family) has a place for all of them.
     """
     module = next((m for m in (lavis, hf) if m.looks_like(tensors)), None)
     if module is None:
         return Recognised(arch, tensors, [])
-    if arch is not None and arch not in module.TABLES:
+    known = sorted(module.TABLES, key=lambda other: other != arch)  # that model first, else in their order
+    if arch is not None:
+        known = [other for other in known if _family(other) == _family(arch)]
+    if not known:
         raise CheckpointError(
             f"{name}: {arch!r} cannot be read from this layout of weights, but {', '.join(module.TABLES)} can"
         )
+    tables = [(other, table) for other in known for table in _tables(module.TABLES[other])]
+    fitting = [(other, table) for other, table in tables if table.is_about(tensors)] or tables
     failures = []
-    for known in [arch] if arch else list(module.TABLES):
-        for table in _tables(module.TABLES[known]):
-            try:
-                ours = table.to_ours(tensors).state
-            except CheckpointError as error:
-                failures.append(error)
-                continue
-            omitted = [re.sub(r"\{\w+\}", "*", r.ours) for r in table.rules if isinstance(r, Omit)]
-            return Recognised(known, ours, omitted)
+    for other, table in fitting:
+        try:
+            ours = table.to_ours(tensors).state
+        except CheckpointError as error:
+            failures.append(error)
+            continue
+        omitted = [re.sub(r"\{\w+\}", "*", r.ours) for r in table.rules if isinstance(r, Omit)]
+        return Recognised(other, ours, omitted)
     nearest = min(failures, key=lambda error: len(str(error)))  # the one with the fewest names to complain of
     raise CheckpointError(f"{name}: {nearest}") from nearest
+
+
+def _family(arch: str) -> str:
+    """`blip` or `blip2`; the models of a family have names in common."""
+    return arch.partition("_")[0]
 
 
 def left_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:
