@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
+from blip import dist
 from blip.batch import Batch, EvalContext, Output
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 
+T = TypeVar("T")
 Prediction = dict[str, Any]
 
 
@@ -41,12 +43,14 @@ class Task:
     """What counts as success.
 
     `needs` lists the model methods the task calls and is checked before training; `monitor` names the
-    metric that decides the best checkpoint.
+    metric that decides the best checkpoint; `data_kind` says what evaluations read of a dataset.
     """
 
     run_config_class: ClassVar[type[RunConfig]] = RunConfig
     needs: ClassVar[tuple[str, ...]] = ()
     monitor: ClassVar[str] = "loss"
+    data_kind: ClassVar[str] = "retrieval"
+    """`retrieval`, `caption`, `vqa` or `classification`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config: Any = config
@@ -64,6 +68,13 @@ class Task:
                 f" model.arch {model.config.arch!r} has not; choose another task or arch"
             )
 
+    def check_data(self, data: Any) -> None:
+        """Raise where evaluation on `data` would lack something; asked before training.
+
+        Raises:
+            ConfigError: the dataset and the run's settings do not go together.
+        """
+
     def scores(self) -> list[str]:
         """Names of the metrics that an evaluation gives; empty where only the evaluation can tell."""
         return []
@@ -77,3 +88,20 @@ class Task:
         raise ConfigError(
             f"run.task: {type(self).__name__} has no evaluation; leave valid_splits and test_splits empty"
         )
+
+
+def on_main(compute: Callable[[], T]) -> T:
+    """What `compute` gives on rank 0, on every rank; what it raises is raised on every rank."""
+    result: Any = None
+    error: Exception | None = None
+    if dist.is_main():
+        try:
+            result = compute()
+        except Exception as raised:
+            if dist.world_size() == 1:
+                raise
+            error = raised
+    result, error = dist.broadcast_object((result, error))
+    if error is not None:
+        raise error
+    return result

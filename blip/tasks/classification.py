@@ -1,0 +1,115 @@
+"""Classification of pictures with texts, NLVR2's pairs of pictures among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from blip import dist
+from blip.batch import Batch, EvalContext, to_device
+from blip.config.schema import RunConfig
+from blip.errors import ConfigError
+from blip.metrics.vqa import AnswerScores
+from blip.registry import TASKS
+from blip.tasks.base import Evaluation, Prediction, Task
+
+
+class LabelData(Protocol):
+    """Pictures and texts, each of one of several classes; batches hold their numbers under `label`."""
+
+    name: str
+    classes: list[str]
+    """Names of the classes, in the order of their numbers."""
+
+    def __len__(self) -> int:
+        """Number of samples on all ranks."""
+        ...
+
+    def label(self, index: int) -> int:
+        """Number of the right class."""
+        ...
+
+    def text(self, index: int) -> str:
+        """The text as the model reads it."""
+        ...
+
+    def instance_id(self, index: int) -> str:
+        """Name of a sample, for predictions and reports."""
+        ...
+
+    def picture(self, index: int) -> str | None:
+        """Path of the (first) picture, where it is a file of its own."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's samples in order, `dist.slices(len(self))`."""
+        ...
+
+
+@dataclass
+class ClassificationRun(RunConfig):
+    """Run keys of classification."""
+
+    per_class: bool = False
+    """Also report the accuracy of each class."""
+
+
+@TASKS.register("multimodal_classification")
+class MultimodalClassification(Task):
+    """`acc`, the percentage of samples whose class is found; `class_...` of each class where asked for.
+
+    Where the dataset tells kinds of texts apart (`sentence_type`), each has its `type_...`.
+    """
+
+    run_config_class = ClassificationRun
+    needs = ("predict",)
+    monitor: ClassVar[str] = "acc"
+    data_kind: ClassVar[str] = "classification"
+
+    def evaluate(self, model: Any, data: LabelData, context: EvalContext) -> Evaluation:
+        """The class of every sample of this rank's share."""
+        predictions: list[Prediction] = []
+        for batch in data.batches():
+            samples = to_device(dict(batch), context.device)
+            with context.autocast():
+                logits = model.predict(samples)["predictions"]
+            if logits.shape[1] != len(data.classes):
+                raise ConfigError(
+                    f"model.num_classes: {logits.shape[1]}, but datasets.{data.name} has {len(data.classes)}"
+                    f" classes ({', '.join(data.classes)}); set it to that"
+                )
+            score, found = torch.softmax(logits.float(), dim=1).max(dim=1)
+            for row in zip(batch["index"].tolist(), found.tolist(), score.tolist(), strict=True):
+                predictions.append(_prediction(data, *row))
+        return Evaluation(predictions, lambda: self._metrics(data, predictions))
+
+    def _metrics(self, data: LabelData, predictions: list[Prediction]) -> dict[str, float]:
+        kind = getattr(data, "sentence_type", None)
+        own = AnswerScores()
+        for prediction in predictions:
+            index = prediction["index"]
+            name = prediction["truth"] if self.config.per_class else None
+            own.add(float(prediction["right"]), kind(index) if kind is not None else None, name)
+        rows = [row for part in dist.gather_objects(own.rows) for row in part]
+        return AnswerScores(rows).means("acc", answers="class", questions="type")
+
+
+def _prediction(data: LabelData, index: int, found: int, score: float) -> Prediction:
+    """What is known of one sample; several pictures are all named."""
+    label = data.label(index)
+    pictures = getattr(data, "pictures", None)
+    several = [path for path in pictures(index) if path] if pictures is not None else []
+    return {
+        "index": index,
+        "instance_id": data.instance_id(index),
+        "image": data.picture(index),
+        **({"images": several} if len(several) > 1 else {}),
+        "text": data.text(index),
+        "predicted": data.classes[found],
+        "truth": data.classes[label],
+        "score": round(score, 4),
+        "right": found == label,
+    }

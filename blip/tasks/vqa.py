@@ -1,0 +1,194 @@
+"""Visual question answering: answers generated or ranked, scored by the rules of each benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from blip import dist
+from blip.batch import Batch, EvalContext, to_device
+from blip.config.schema import RunConfig
+from blip.errors import ConfigError
+from blip.metrics.vqa import AnswerScores, direct_accuracy, exact_match, vqa_accuracy
+from blip.registry import TASKS
+from blip.tasks.base import Evaluation, Prediction, Task
+
+RIGHT = 0.5
+"""An answer of at least this accuracy counts as right in predictions; of ten people, two gave it."""
+
+
+class QuestionData(Protocol):
+    """Questions about pictures, as evaluation sees them; batches hold them under `text_input`."""
+
+    name: str
+    answer_list: list[str] | None
+    """Candidates for ranking."""
+
+    def __len__(self) -> int:
+        """Number of questions on all ranks."""
+        ...
+
+    def question(self, index: int) -> str:
+        """The question as annotated."""
+        ...
+
+    def question_id(self, index: int) -> int | str:
+        """The annotation's own name of a question."""
+        ...
+
+    def answers(self, index: int) -> list[str]:
+        """What people answered, repeated ones too; empty where the answers are secret."""
+        ...
+
+    def question_type(self, index: int) -> str | None:
+        """Kind of question, such as `how many`."""
+        ...
+
+    def answer_type(self, index: int) -> str | None:
+        """Kind of answer, such as `yes/no`."""
+        ...
+
+    def instance_id(self, index: int) -> str:
+        """Name of a question, for predictions and reports."""
+        ...
+
+    def picture(self, index: int) -> str | None:
+        """Path of the picture, where it is a file of its own."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's questions in order, `dist.slices(len(self))`."""
+        ...
+
+
+@dataclass
+class VqaRun(RunConfig):
+    """Run keys of question answering."""
+
+    inference_method: Literal["rank", "generate"] = "rank"
+    """Take the most likely answer of a list, or write one."""
+    num_ans_candidates: int = 128
+    """Answers of the list that are scored in full (`rank`)."""
+    num_beams: int = 3
+    """Answers that are followed at once (`generate`)."""
+    max_len: int = 10
+    """Longest generated answer, in tokens."""
+    min_len: int = 1
+    """Shortest generated answer, in tokens."""
+    length_penalty: float | None = None
+    """Scores of beams are divided by the length to this power; None: the model's own."""
+    prompt: str = ""
+    """Put around each question, which stands where the prompt has `{}`."""
+
+    def problems(self) -> list[str]:
+        """Settings of generation and ranking that make no sense."""
+        found = super().problems() + self._at_least(1, "num_ans_candidates", "num_beams", "max_len")
+        found += self._at_least(0, "min_len")
+        if self.min_len > self.max_len:
+            found.append(f"min_len: {self.min_len} is above max_len ({self.max_len})")
+        return found
+
+    def inference(self) -> dict[str, Any]:
+        """Arguments of the model's `predict_answers`; what is left to the model is not among them."""
+        given: dict[str, Any] = {"inference_method": self.inference_method}
+        if self.inference_method == "rank":
+            given["num_ans_candidates"] = self.num_ans_candidates
+        else:
+            given |= {"num_beams": self.num_beams, "max_len": self.max_len, "min_len": self.min_len}
+            given["length_penalty"] = self.length_penalty
+        given["prompt"] = self.prompt or None
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@TASKS.register("vqa")
+class VisualQuestionAnswering(Task):
+    """`overall` accuracy in percent by the official VQA evaluation, and that of each type.
+
+    Questions with a single reference answer are right if theirs equals it. Questions without one are
+    answered, not scored.
+    """
+
+    run_config_class = VqaRun
+    needs = ("predict_answers",)
+    monitor: ClassVar[str] = "overall"
+    data_kind: ClassVar[str] = "vqa"
+
+    def accuracy(self, answer: str, truths: Sequence[str]) -> float:
+        """How right an answer is, 0 to 1."""
+        return vqa_accuracy(answer, truths)
+
+    def check_data(self, data: QuestionData) -> None:
+        """Raise where answers are to be ranked and there is no list of them.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.config.inference_method == "rank" and not data.answer_list:
+            raise ConfigError(
+                f"run.inference_method: rank needs a list of answers, and datasets.{data.name} has none; give"
+                " it one, or use run.inference_method=generate"
+            )
+
+    def evaluate(self, model: Any, data: QuestionData, context: EvalContext) -> Evaluation:
+        """What the model answers to every question of this rank's share."""
+        self.check_data(data)
+        inference = self.config.inference()
+        if self.config.inference_method == "rank":
+            inference["answer_list"] = data.answer_list
+        predictions: list[Prediction] = []
+        for batch in data.batches():
+            samples = to_device(dict(batch), context.device)
+            with context.autocast():
+                answers = model.predict_answers(samples, **inference)
+            for index, answer in zip(batch["index"].tolist(), answers, strict=True):
+                predictions.append(self._prediction(data, index, answer))
+        return Evaluation(predictions, lambda: self._metrics(data, predictions))
+
+    def _prediction(self, data: QuestionData, index: int, answer: str) -> Prediction:
+        truths = data.answers(index)
+        found: Prediction = {
+            "index": index,
+            "instance_id": data.instance_id(index),
+            "question_id": data.question_id(index),
+            "image": data.picture(index),
+            "question": data.question(index),
+            "answer": answer,
+            "truth": truths,
+        }
+        if truths:
+            found["accuracy"] = round(self.accuracy(answer, truths), 4)
+            found["right"] = found["accuracy"] >= RIGHT
+        return found
+
+    def _metrics(self, data: QuestionData, predictions: list[Prediction]) -> dict[str, float]:
+        own = AnswerScores()
+        for prediction in predictions:
+            if prediction["truth"]:
+                index = prediction["index"]
+                accuracy = self.accuracy(prediction["answer"], prediction["truth"])
+                own.add(accuracy, data.question_type(index), data.answer_type(index))
+        rows = [row for part in dist.gather_objects(own.rows) for row in part]
+        return AnswerScores(rows).means(self.monitor)
+
+
+@TASKS.register("gqa")
+class GraphQuestionAnswering(VisualQuestionAnswering):
+    """GQA: `acc`, the percentage of answers that equal the one reference answer after cleaning both."""
+
+    monitor: ClassVar[str] = "acc"
+
+    def accuracy(self, answer: str, truths: Sequence[str]) -> float:
+        """1.0 if the answer equals a reference answer."""
+        return max(exact_match(answer, truth) for truth in truths)
+
+
+@TASKS.register("aok_vqa")
+class KnowledgeQuestionAnswering(VisualQuestionAnswering):
+    """A-OKVQA: `acc` of direct answers in percent; an answer that three of ten people gave is right."""
+
+    monitor: ClassVar[str] = "acc"
+
+    def accuracy(self, answer: str, truths: Sequence[str]) -> float:
+        """min(1, n / 3) for n equal reference answers, as they are written."""
+        return direct_accuracy(answer, truths)
