@@ -17,6 +17,7 @@ from blip.layers.masks import padding_mask
 from blip.losses import at_least_float32
 from blip.models.base import BlipModel
 from blip.models.blip_config import BlipConfig
+from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
 from blip.models.med import Med
 from blip.models.tokenizer import DEC, ENC
 from blip.models.vision import VisionTower
@@ -44,6 +45,9 @@ class BlipFeatureExtractor(BlipModel):
 
     config_class: ClassVar[type[BlipFeaturesConfig]] = BlipFeaturesConfig
     presets: ClassVar = {"base": {"image_size": 224}}
+    published: ClassVar = PUBLISHED["blip_feature_extractor"]
+    sizes_of = classmethod(sizes_of_class)
+    adopt = adopted_by
     added_tokens = (DEC, ENC)
 
     def __init__(self, config: BlipFeaturesConfig) -> None:
@@ -119,6 +123,7 @@ class BlipImageTextMatching(BlipFeatureExtractor):
         "base": {"image_size": 384},
         "large": {"image_size": 384, "vit_type": "large", "vit_drop_path_rate": 0.1},
     }
+    published: ClassVar = PUBLISHED["blip_image_text_matching"]
 
     def add_head(self) -> None:
         """The matching head."""

@@ -10,6 +10,7 @@ from blip.layers.text import LMHead, init_bert
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import MomentumConfig
 from blip.models.blip_retrieval import BlipRetrieval, Views
+from blip.models.blip_weights import PUBLISHED
 from blip.models.contrast import Contrasted, Negatives, Pool, draw_negatives
 from blip.models.narrate import caption_loss, decoder_labels
 from blip.registry import MODELS
@@ -64,6 +65,8 @@ class BlipPretrain(BlipRetrieval):
             **BERT,
         },
     }
+
+    published: ClassVar = PUBLISHED["blip_pretrain"]
 
     def __init__(self, config: BlipPretrainConfig) -> None:
         super().__init__(config)

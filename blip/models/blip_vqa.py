@@ -21,6 +21,7 @@ from blip.layers.text import LMHead, init_bert
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import BlipConfig
+from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
 from blip.models.generate import decoding, write
 from blip.models.med import Med
 from blip.models.narrate import answer_loss, decoder_labels
@@ -69,6 +70,9 @@ class BlipVqa(BlipModel):
         "vis_processor": {"train": {"name": "blip_image_train"}, "eval": {"name": "blip_image_eval"}},
         "text_processor": {"train": {"name": "blip_question"}, "eval": {"name": "blip_question"}},
     }
+    published: ClassVar = PUBLISHED["blip_vqa"]
+    sizes_of = classmethod(sizes_of_class)
+    adopt = adopted_by
     added_tokens = (DEC, ENC)
 
     def __init__(self, config: BlipVqaConfig) -> None:

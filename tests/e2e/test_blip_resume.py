@@ -232,6 +232,26 @@ def test_evaluating_a_run_gives_its_scores(
     assert {**again, "step": 0} == {**first, "step": 0}
 
 
+def test_retrieval_starts_from_pre_training_with_its_twin_and_queue(
+    commands: Commands, recipe: Recipe, straight: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    trained, dumps = straight(CASES[0]), tmp_path / "dumps"
+    dumps.mkdir()
+    run = {"task": "retrieval", "max_iters": 1, "init_lr": 1e-30, "min_lr": 0, "test_splits": []}
+    more = [f"model.init_from={trained}", f"run.output_dir={tmp_path / 'run'}", "model.momentum=1.0"]
+    traps = [["dump_weights", str(dumps)]]
+    ended = commands("--cfg", recipe(RETRIEVAL, {**run, **UNEVEN}), *more, traps=traps)
+    assert ended.code == 0, ended.output
+    given, own = read_weights(trained / "model" / "model.safetensors"), torch.load(dumps / "step-1.pt")
+    kept = list(range(12, 50))  # the pointer starts anew, as in LAVIS, and numbers of pictures are forgotten
+    assert (own["queue.ids"][kept] == -100).all()
+    for name, value in own.items():
+        if name in ("queue.image", "queue.text"):
+            assert torch.equal(value[kept], given[name][kept])
+        elif not name.startswith("queue."):
+            torch.testing.assert_close(value, given[name], atol=1e-6, rtol=1e-6, msg=name)
+
+
 # Processes
 
 
