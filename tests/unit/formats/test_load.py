@@ -12,7 +12,6 @@ from torch import Tensor
 from blip.errors import CheckpointError
 from blip.formats import hf, lavis
 from blip.formats.load import load_any
-from blip.models.blip_weights import adopt
 from blip.weights import save_safetensors
 from tests.reference.small_blip import small_blip
 
@@ -45,7 +44,6 @@ def blank(kind: str, **values: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    model.adopt = lambda tensors: adopt(tensors, model.state_dict())
     return model
 
 
