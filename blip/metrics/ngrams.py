@@ -86,7 +86,7 @@ class NgramCounts:
             overlap = np.minimum(weight[match], weight[rows]) * weight[rows]
             found = np.bincount(table.caption[rows] - first, overlap, minlength=len(owner))
             scale = norm[owner] * norm[first:]
-            total += np.divide(found, scale, out=found, where=scale != 0) * penalty
+            total += np.divide(found, scale, out=np.zeros(len(owner)), where=scale != 0) * penalty
         per_image = np.bincount(owner, total / ORDERS, minlength=first)
         return 10 * per_image / np.maximum(self.num_references, 1)
 
