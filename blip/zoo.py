@@ -19,10 +19,11 @@ from blip.data.browse import Pairs, open_splits
 from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import to_model
+from blip.formats.load import fill
 from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
 from blip.models.base import BlipModel
 from blip.registry import MODELS
-from blip.weights import load_into, read_weights
+from blip.weights import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -243,10 +244,12 @@ def _foreign_config(
     found, unknown = cls.sizes_of(weights.tensors)
     if source.values is not None:
         found, unknown = {k: v for k, v in source.values.items() if k != "arch"}, []
-    if model_type is None:
+    preset: Mapping[str, Any] | None = None
+    if model_type is None:  # what was found out wins over a preset that nobody asked for
         model_type = _fitting_preset(cls, found)
-    preset = cls.presets.get(model_type, {})
-    open_keys = [key for key in unknown if not (_has(preset, key) or _has(overrides, key))]
+        preset = {k: v for k, v in cls.presets.get(model_type, {}).items() if k not in found}
+    given = cls.presets.get(model_type, {}) if preset is None else preset
+    open_keys = [key for key in unknown if not (_has(given, key) or _has(overrides, key))]
     if open_keys:
         raise CheckpointError(
             f"'{source.name}': its tensors do not tell {', '.join(open_keys)}; give them too, as in"
@@ -254,7 +257,7 @@ def _foreign_config(
         )
     if device.type == "cpu":
         overrides = {**cls.on_cpu, **overrides}
-    return _config(cls, arch, model_type, found, overrides)
+    return _config(cls, arch, model_type, found, overrides, preset)
 
 
 def _fitting_preset(cls: type[BlipModel], found: Mapping[str, Any]) -> str:
@@ -272,13 +275,8 @@ def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
     # A part that is trained first and then frozen in a precision of its own has been frozen by now.
     model.on_step(sys.maxsize)
     absent = left_out(weights.tensors, model.freezable)
-    report = load_into(
-        model,
-        weights.tensors,
-        source=f"'{source.name}'",
-        allow_missing=[*weights.absent, *(prefix + "*" for prefix in absent)],
-    )
-    log.info("%s", report.text())
+    for line in fill(model, weights, f"'{source.name}'", absent):
+        log.info("%s", line)
     if absent and not _load_frozen(model, absent, source):
         parts = ", ".join(prefix.rstrip(".") for prefix in absent)
         raise CheckpointError(

@@ -94,8 +94,8 @@ def caption_values(config: Any) -> dict[str, Any]:
 
 
 def vqa_values(config: Any) -> dict[str, Any]:
-    """Values of `blip_vqa`; transformers lets generated answers look at the padding of questions."""
-    return {**_decoder_values(config, 35), "generate_attends_padding": True}
+    """Values of `blip_vqa`; transformers leaves [CLS], and lets answers look at the padding of questions."""
+    return {**_decoder_values(config, 35), "generate_attends_padding": True, "question_token": "cls"}
 
 
 def _config(config: Any, model: Any, name: str) -> Any:

@@ -158,8 +158,8 @@ class BlipImageTextMatching(BlipFeatureExtractor):
 
     def itm_logits(self, images: list[tuple[ImageKeys, int]], text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """(R, 2): the head on the first token of texts that look at images."""
-        first = None if self.config.itm_token == "enc" else int(self.word_pieces.cls_id)
-        states = self.text.grounded(text_ids, text_mask, images, first_only=True, first_id=first)
+        as_is = self.config.itm_token == "cls"
+        states = self.text.grounded(text_ids, text_mask, images, first_only=True, as_is=as_is)
         return self.itm_head(states[:, 0])
 
     def compute_gradcam(self, samples: dict[str, Any], block_num: int = 6) -> tuple[list[Tensor], Tensor]:

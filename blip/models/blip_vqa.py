@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class BlipVqaConfig(BlipConfig):
 
     label_smoothing: float = 0.1
     """Of the loss, and of the scores of candidates, as in BLIP."""
+    question_token: Literal["enc", "cls"] = "enc"
+    """First token of a question: [ENC], as in training, or [CLS], as Hugging Face leaves it."""
     generate_attends_padding: bool = False
     """Let generated answers look at the padding of questions, as the original code, LAVIS and Hugging Face
     do; answers then depend on the other questions of the batch."""
@@ -127,7 +129,8 @@ class BlipVqa(BlipModel):
         """What answers look at: the states of questions that have looked at their images."""
         images = [(self.text.image_keys(self.image_states(batch)), 1)]
         mask = batch["text_mask"]
-        states = self.text.grounded(batch["text_ids"], mask, images)
+        as_is = self.config.question_token == "cls"
+        states = self.text.grounded(batch["text_ids"], mask, images, as_is=as_is)
         return self.answer_decoder.image_keys(states, mask=mask)
 
     # Inference

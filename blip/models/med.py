@@ -210,20 +210,20 @@ class Med(nn.Module):
         text_mask: Tensor,
         images: list[tuple[ImageKeys, int]],
         first_only: bool = False,
-        first_id: int | None = None,
+        as_is: bool = False,
     ) -> Tensor:
         """States of texts that look at images, (R, T, D), or (R, 1, D) of the first token only.
 
         Args:
-            text_ids: int64 (R, T); the first ids are replaced.
+            text_ids: int64 (R, T); the first ids become [ENC].
             text_mask: bool (R, T).
             images: as of `forward`.
             first_only: compute the last layer for the first token only.
-            first_id: what the first ids become; None: [ENC].
+            as_is: leave the first ids as they are.
         """
-        first = torch.full_like(text_ids[:, :1], self.enc_id if first_id is None else first_id)
-        ids = torch.cat([first, text_ids[:, 1:]], dim=1)
-        return self.forward(ids, padding_mask(text_mask), images, first_only=first_only).states
+        if not as_is:
+            text_ids = torch.cat([torch.full_like(text_ids[:, :1], self.enc_id), text_ids[:, 1:]], dim=1)
+        return self.forward(text_ids, padding_mask(text_mask), images, first_only=first_only).states
 
     def decode(self, text_ids: Tensor, text_mask: Tensor, images: list[tuple[ImageKeys, int]]) -> Tensor:
         """States that predict each text's next tokens, (R, T - 1, D): [DEC] first, without the last token."""

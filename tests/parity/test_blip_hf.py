@@ -30,7 +30,7 @@ from blip.weights import load_into, read_weights
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 IMAGE, VOCAB, WIDTH, POSITIONS, EMBED = 40, 60, 32, 24, 16
-DEC, ENC, SEP = VOCAB - 2, VOCAB - 1, 3
+DEC, ENC, SEP, CLS = VOCAB - 2, VOCAB - 1, 3, 2
 SMOOTHING = 0.1
 RETRIEVAL, CAPTION, VQA = (BlipForImageTextRetrieval, BlipForConditionalGeneration, BlipForQuestionAnswering)
 
@@ -200,7 +200,7 @@ def answers() -> tuple[Tensor, Tensor]:
 def test_the_loss_of_answers_is_that_of_transformers(vqa: tuple[Any, Any]) -> None:
     theirs, ours = vqa
     # Of one length: transformers 5 does not apply the mask of questions that it is given.
-    ids, mask = texts(ENC, [7, 7, 7])
+    ids, mask = texts(CLS, [7, 7, 7])
     answer_ids, answer_mask = answers()
     expected = theirs(
         pixel_values=images(),
@@ -227,7 +227,7 @@ def test_the_loss_of_answers_is_that_of_transformers(vqa: tuple[Any, Any]) -> No
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generated_answers_are_those_of_transformers(vqa: tuple[Any, Any], num_beams: int) -> None:
     theirs, ours = vqa
-    ids, mask = texts(ENC, [7, 3, 5])
+    ids, mask = texts(CLS, [7, 3, 5])
     rules = {"num_beams": num_beams, "max_length": 8, "min_length": 1}
     wanted = theirs.generate(
         pixel_values=images(), input_ids=ids, attention_mask=mask.long(), do_sample=False, **rules

@@ -191,10 +191,8 @@ def test_first_ids_are_replaced_and_the_rest_is_not() -> None:
     assert torch.equal(med.decode(ids, mask, images), med.decode(others, mask, images))
     assert not torch.allclose(med.unimodal(ids, mask), med.unimodal(others, mask))
     assert int(ids[0, 0]) != 7  # what was handed in stays as it is
-    named = med.grounded(ids, mask, images, first_id=9)
-    ids[:, 0] = 9
-    start = med(ids, padding_mask(mask), images).states
-    torch.testing.assert_close(named, start, **NEAR)
+    as_they_are = med.grounded(others, mask, images, as_is=True)
+    torch.testing.assert_close(as_they_are, med(others, padding_mask(mask), images).states, **NEAR)
 
 
 def test_padding_changes_no_result_and_no_gradient() -> None:

@@ -1,0 +1,82 @@
+"""The tiny BLIP recipes through the real commands: pre-train, then start every other model from that run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blip.data.scenes_questions import TYPES
+from tests.e2e.runs import Commands, lines
+
+SMALL = [
+    "model.image_size=32",
+    "model.vit={patch_size: 8, width: 32, depth: 2, heads: 2, mlp_dim: 64, pos_init: sincos}",
+    "run.max_iters=2",
+    "run.batch_size_train=8",
+    "run.warmup_steps=1",
+    "run.log_freq=1",
+]
+MED = "width: 32, depth: 2, num_heads: 2, mlp_dim: 64, max_positions: 64"
+CAPTION_SCORES = {"Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "agg_metrics", "attr_acc", "caption_acc"}
+RECALLS = {f"{way}_r{k}" for way in ("txt", "img") for k in (1, 5, 10)}
+DOWNSTREAM = {
+    "blip_caption": ("scenes", CAPTION_SCORES),
+    "blip_retrieval": ("scenes", RECALLS),
+    "blip_vqa": ("scenes_vqa", {"overall"}),
+    "blip_nlvr": ("scenes_nlvr", {"acc"}),
+}
+
+
+def options(data: str, root: Path, folder: Path) -> list[str]:
+    """The recipe's run made small."""
+    sizes = [f"datasets.{data}.vis_processor.{stage}.image_size=32" for stage in ("train", "eval")]
+    return [*SMALL, *sizes, f"run.data_root={root}", f"run.output_dir={folder}"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(commands: Commands, data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blip") / "pretrained"
+    more = [f"model.med={{{MED}, init_from: null}}", "model.queue_size=32"]
+    ended = commands("--cfg", "tiny/blip_pretrain.yaml", *options("scenes", data_root, folder), *more)
+    assert ended.code == 0, ended.output
+    assert lines(folder)[-1].keys() >= RECALLS
+    return folder
+
+
+@pytest.mark.parametrize("name", DOWNSTREAM)
+def test_a_downstream_model_starts_from_pre_training_and_is_scored(
+    commands: Commands, pretrained: Path, data_root: Path, tmp_path: Path, name: str
+) -> None:
+    (data, scores), folder = DOWNSTREAM[name], tmp_path / "run"
+    more = [f"model.med={{{MED}}}", f"model.init_from={pretrained}"]
+    if name == "blip_retrieval":
+        more.append("model.queue_size=32")
+    ended = commands("--cfg", f"tiny/{name}.yaml", *options(data, data_root, folder), *more)
+    assert ended.code == 0, ended.output
+    found = lines(folder)[-1]
+    assert found["split"] == "test"
+    assert found.keys() >= scores
+    assert all(found[score] >= 0 for score in scores)
+    if name == "blip_vqa":
+        assert any(kind in key for kind in TYPES for key in found)
+    predictions = json.loads(next((folder / "predictions").glob("test-*.json")).read_text())
+    assert {"instance_id", "truth"} <= predictions[0].keys()
+    assert "Failures" in (folder / "report.html").read_text()
+
+
+def test_the_same_scores_come_from_evaluating_the_run(
+    commands: Commands, pretrained: Path, data_root: Path, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "trained", tmp_path / "evaluated"]
+    more = [f"model.med={{{MED}}}", "run.num_beams=2"]
+    for folder, start, command in ((runs[0], pretrained, "train"), (runs[1], runs[0], "evaluate")):
+        small = options("scenes", data_root, folder)
+        begin = f"model.init_from={start}"
+        ended = commands("--cfg", "tiny/blip_caption.yaml", *small, *more, begin, module=f"blip.{command}")
+        assert ended.code == 0, ended.output
+    trained, evaluated = (lines(folder)[-1] for folder in runs)
+    assert {k: v for k, v in evaluated.items() if k != "step"} == {
+        k: v for k, v in trained.items() if k != "step"
+    }
