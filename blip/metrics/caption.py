@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
+from blip.errors import DataError
 from blip.metrics import java, ptb
 from blip.metrics.ngrams import NgramCounts
 
@@ -48,9 +49,15 @@ def caption_scores(
 
     Returns:
         `Bleu_1` to `Bleu_4`, `METEOR`, `ROUGE_L`, `CIDEr`, `SPICE`; nothing where there are no captions.
+
+    Raises:
+        DataError: a caption without references.
     """
     if not captions:
         return {}
+    for i, group in enumerate(references):
+        if not group:
+            raise DataError(f"caption {i} has no reference to compare it with; leave it out")
     wanted = set(JAVA_SCORES) - set(unavailable()) if java_scores is None else set(java_scores)
     candidates, flat = _tokenize(captions, [text for group in references for text in group])
     following = iter(flat)

@@ -77,7 +77,7 @@ class CaptioningRun(RunConfig):
     report_metric: bool = True
     """Score the captions, where there is something to compare them with."""
     java_metrics: list[str] | None = None
-    """Which of METEOR and SPICE to compute; None: those that this machine can. They take a while."""
+    """Which of METEOR and SPICE to compute; None: those that this machine can. METEOR takes some 20 s."""
     img_ids: list[int] = field(default_factory=list)
     """Keep and score the captions of these images only; empty: of all."""
 

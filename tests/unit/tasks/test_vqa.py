@@ -1,0 +1,156 @@
+"""Facts about question answering: how the model is asked, and what each benchmark counts as right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+
+from blip.config.schema import SectionError
+from blip.errors import ConfigError
+from blip.registry import TASKS
+from blip.tasks.vqa import VisualQuestionAnswering, VqaRun
+from tests.unit.tasks.conftest import CONTEXT, FakeData
+
+SAID = ["2", "red", "a dog", "yes", "left"]
+TRUTHS = [["two"], ["red"] * 2 + ["blue"] * 8, ["dog"] * 4 + ["cat"] * 6, [], ["right"]]
+TYPES = ["count", "color", "what", "is", "where"]
+
+
+class Questions(FakeData):
+    answer_list: ClassVar[list[str] | None] = ["yes", "no"]
+
+    def columns(self, indices: list[int]) -> dict[str, Any]:
+        return {"text_input": [f"question {i}" for i in indices]}
+
+    def question(self, index: int) -> str:
+        return f"Question {index}?"
+
+    def question_id(self, index: int) -> int:
+        return 500 + index
+
+    def answers(self, index: int) -> list[str]:
+        return TRUTHS[index]
+
+    def question_type(self, index: int) -> str | None:
+        return TYPES[index]
+
+    def answer_type(self, index: int) -> str | None:
+        return "other" if index else None
+
+
+class Answerer:
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def predict_answers(self, samples: dict[str, Any], **how: Any) -> list[str]:
+        self.asked.append(how)
+        return [SAID[int(text.split()[1])] for text in samples["text_input"]]
+
+
+def task(name: str = "vqa", **run: Any) -> Any:
+    return TASKS.get(name)(VqaRun(evaluate=True, **run))
+
+
+def test_accuracy_is_given_overall_and_per_type() -> None:
+    found = task().evaluate(Answerer(), Questions(5), CONTEXT).metrics()
+    assert found == pytest.approx(
+        {
+            "overall": 100 * (1 + 0.6 + 1 + 0) / 4,
+            "answer_type_other": 100 * 1.6 / 3,
+            "question_type_count": 100.0,
+            "question_type_color": 60.0,
+            "question_type_what": 100.0,
+            "question_type_where": 0.0,
+        }
+    )
+
+
+def test_predictions_hold_what_the_evaluation_server_wants_and_whether_it_is_right() -> None:
+    predictions = task().evaluate(Answerer(), Questions(5), CONTEXT).predictions
+    assert predictions[1] == {
+        "index": 1,
+        "instance_id": "fake/1",
+        "question_id": 501,
+        "image": "/pictures/1.png",
+        "question": "Question 1?",
+        "answer": "red",
+        "truth": TRUTHS[1],
+        "accuracy": 0.6,
+        "right": True,
+    }
+    assert [p.get("right") for p in predictions] == [True, True, True, None, False]
+
+
+def test_secret_answers_give_predictions_and_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Questions, "answers", lambda self, index: [])
+    evaluation = task().evaluate(Answerer(), Questions(5), CONTEXT)
+    assert len(evaluation.predictions) == 5
+    assert evaluation.metrics() == {}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_has_the_scores_of_all_answers(
+    world: int, on_ranks: Callable[[int, Callable[[], Any]], list[Any]]
+) -> None:
+    alone = task().evaluate(Answerer(), Questions(5), CONTEXT).metrics()
+    found = on_ranks(world, lambda: task().evaluate(Answerer(), Questions(5), CONTEXT).metrics())
+    assert found == [alone] * world
+
+
+def test_ranking_and_generating_get_their_own_settings() -> None:
+    model = Answerer()
+    task(num_ans_candidates=3).evaluate(model, Questions(1), CONTEXT)
+    task(
+        inference_method="generate", num_beams=2, max_len=7, min_len=2, length_penalty=-1.0, prompt="Q: {}"
+    ).evaluate(model, Questions(1), CONTEXT)
+    assert model.asked == [
+        {"inference_method": "rank", "num_ans_candidates": 3, "answer_list": ["yes", "no"]},
+        {
+            "inference_method": "generate",
+            "num_beams": 2,
+            "max_len": 7,
+            "min_len": 2,
+            "length_penalty": -1.0,
+            "prompt": "Q: {}",
+        },
+    ]
+
+
+def test_the_models_own_length_penalty_is_the_default() -> None:
+    model = Answerer()
+    task(inference_method="generate").evaluate(model, Questions(1), CONTEXT)
+    assert model.asked == [{"inference_method": "generate", "num_beams": 3, "max_len": 10, "min_len": 1}]
+
+
+@pytest.mark.parametrize("candidates", [None, []])
+def test_ranking_without_candidates_is_refused_before_training(
+    candidates: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Questions, "answer_list", candidates)
+    with pytest.raises(ConfigError, match=r"run\.inference_method: rank needs a list of answers"):
+        task().check_data(Questions(1))
+    task(inference_method="generate").check_data(Questions(1))
+
+
+def test_gqa_is_an_exact_match() -> None:
+    found = task("gqa").evaluate(Answerer(), Questions(5), CONTEXT).metrics()
+    assert found["acc"] == pytest.approx(100 * 3 / 4)
+
+
+def test_aokvqa_compares_as_written() -> None:
+    found = task("aok_vqa").evaluate(Answerer(), Questions(5), CONTEXT).metrics()
+    assert found["acc"] == pytest.approx(100 * (2 / 3) / 4)
+
+
+def test_the_metric_that_decides_has_the_tasks_name() -> None:
+    for name in ("vqa", "gqa", "aok_vqa"):
+        assert task(name).monitor in task(name).evaluate(Answerer(), Questions(5), CONTEXT).metrics()
+        assert issubclass(TASKS.get(name), VisualQuestionAnswering)
+
+
+@pytest.mark.parametrize("run", [{"min_len": 11}, {"num_ans_candidates": 0}, {"max_len": 0}])
+def test_settings_without_meaning_are_refused(run: dict[str, Any]) -> None:
+    with pytest.raises(SectionError, match=next(iter(run))):
+        task(**run)
