@@ -53,8 +53,6 @@ class VitConfig:
     """How position embeddings are interpolated to another grid."""
     init_std: float = 0.02
     """Standard deviation of initial matrices and of [CLS] and position embeddings."""
-    pos_init: Literal["normal", "sincos"] = "normal"
-    """Initial position embeddings: random ones, or sines and cosines of row and column, of unit amplitude."""
     depth_scaled_init: bool = False
     """Divide initial output projections of block k (from 1) by sqrt(2 k), as EVA does."""
 
@@ -158,24 +156,6 @@ def rename_openai_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if name in renamed:
             renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
     return renamed
-
-
-def sincos_positions(grid: Grid, width: int) -> Tensor:
-    """Sines and cosines of row and column (arXiv 2104.02057, section 4.3): float32 (1, rows * columns, D).
-
-    A narrow model learns places from them at once; small random embeddings drown in the patches' states.
-
-    Args:
-        grid: patches per column and row.
-        width: D; of four parts, the sines and cosines of rows, then of columns; a remainder is 0.
-    """
-    num_waves = width // 4
-    waves = 10000.0 ** -(torch.arange(num_waves) / max(num_waves, 1))
-    rows, columns = (torch.arange(side)[:, None] * waves for side in grid)  # (side, waves)
-    row = torch.cat([rows.sin(), rows.cos()], dim=1)[:, None].expand(-1, grid[1], -1)
-    column = torch.cat([columns.sin(), columns.cos()], dim=1)[None].expand(grid[0], -1, -1)
-    places = torch.cat([row, column], dim=2).flatten(0, 1)  # (rows * columns, 4 * waves)
-    return F.pad(places, (0, width - places.shape[1]))[None]
 
 
 def resize_pos_embed(
@@ -407,8 +387,6 @@ class Vit(nn.Module):
         # The patch embedding keeps torch's initial values, in BLIP as in EVA.
         nn.init.trunc_normal_(self.cls_token, std=self.config.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=self.config.init_std)
-        if self.config.pos_init == "sincos":
-            self.pos_embed[:, self.num_prefix :] = sincos_positions(self.config.grid, self.config.width)
         for k, block in enumerate(self.blocks, start=1):
             for part in block.modules():
                 if isinstance(part, nn.Linear):

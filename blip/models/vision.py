@@ -59,9 +59,6 @@ class VisionConfig(Section):
     """Epsilon of the LayerNorms; not for timm towers."""
     init_std: float | None = None
     """Standard deviation of initial matrices and position embeddings; not for timm towers."""
-    pos_init: Literal["normal", "sincos"] | None = None
-    """Initial position embeddings: `normal` random ones, or `sincos`, sines and cosines of row and column,
-    from which narrow towers learn places sooner; not for timm towers."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Linear and convolution weights while the tower is frozen; the rest stays fp32."""
     freeze: bool = False
@@ -118,7 +115,6 @@ class VisionConfig(Section):
             "mlp_dim": self.mlp_dim or width * named.mlp_dim // named.width,
             "norm_eps": self.norm_eps,
             "init_std": self.init_std,
-            "pos_init": self.pos_init,
         }
         given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
         return replace(named, drop_path_rate=self.drop_path_rate, **given)
@@ -389,7 +385,7 @@ def _build_timm(config: VisionConfig) -> Any:
 
     name = config.vit_model.removeprefix(TIMM)
     _check_timm_name(name)
-    for key in ("norm_eps", "init_std", "pos_init"):
+    for key in ("norm_eps", "init_std"):
         if getattr(config, key) is not None:
             raise ConfigError(f"model.vit.{key}: cannot be set for {config.vit_model}; leave it out")
     sizes: dict[str, Any] = {

@@ -22,7 +22,6 @@ from blip.layers.vit import (
     layer_id,
     rename_openai_clip,
     resize_pos_embed,
-    sincos_positions,
 )
 
 SMALL = {"image_size": 32, "patch_size": 8, "width": 24, "depth": 3, "heads": 3, "mlp_dim": 40}
@@ -280,21 +279,3 @@ def test_sizes_that_do_not_fit_are_named(sizes: dict[str, float], key: str) -> N
     assert len(problems) == 1
     assert problems[0].startswith(f"{key}:")
     assert not small("vit_base").problems()
-
-
-def test_sincos_positions_are_sines_and_cosines_of_row_and_column() -> None:
-    places = sincos_positions((3, 5), 16)
-    assert places.shape == (1, 15, 16)
-    for row, column in ((0, 0), (2, 1), (1, 4)):
-        waves = [10000.0 ** -(k / 4) for k in range(4)]
-        expected = [
-            f(place * wave) for place in (row, column) for f in (math.sin, math.cos) for wave in waves
-        ]
-        torch.testing.assert_close(places[0, row * 5 + column], torch.tensor(expected))
-
-
-def test_a_tower_starts_from_them_where_asked() -> None:
-    tower = Vit(small("vit_base", width=18, depth=1, heads=2, pos_init="sincos"))
-    assert torch.equal(tower.pos_embed[:, 1:], sincos_positions((4, 4), 18))
-    assert tower.pos_embed[:, 1:, 16:].abs().sum() == 0  # what four parts leave over
-    assert tower.pos_embed[0, 0].std() < 0.1
