@@ -174,7 +174,6 @@ class Attention(MultiHead):
         seen = super().forward(hidden, source, mask)
         return self.norm(hidden + F.dropout(seen, self.dropout, self.training))
 
-
     def with_weights(self, hidden: Tensor, source: KeyValue) -> tuple[Tensor, Tensor]:
         """As `forward` without mask and dropout, and the attention probabilities (B, H, T, S) beside it."""
         query = self._heads(self.query(hidden))
