@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from run_scripts.bench import roofline
 from run_scripts.bench.harness import run
 from run_scripts.bench.naive_pretrain import NaivePretrain, Sizes
-from run_scripts.bench.naive_pretrain import to_ours as by_our_names
 from run_scripts.bench.worker import Bench
 
 SIZES = {
@@ -99,7 +98,9 @@ def library(sizes: Sizes, half: torch.dtype | None) -> nn.Module:
 
 def to_ours(sizes: Sizes, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The straightforward model's weights by our names."""
-    return by_our_names(state)
+    from blip.formats import lavis
+
+    return lavis.table("blip_pretrain").to_ours(state).state
 
 
 BENCH = Bench(

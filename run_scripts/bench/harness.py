@@ -1,7 +1,7 @@
 """Runs two implementations of one training step, `Bench`, beside each other and compares time and memory.
 
 Every implementation runs in a process of its own (`worker.py`), so that its peak memory is its own. On a CPU
-the processes take turns step by step, so that whatever else the machine does falls on all of them. Both start
+the processes take turns step by step, so that whatever else the machine does falls on all of them. All start
 from the same weights, see the same batches (captions of 8 to 20 words; ours padded to the longest of the
 batch, the other's to a fixed length) and take the same hard negatives; their losses must agree, or the exit
 code is 1.
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,19 +101,14 @@ def paired_ratio(slow: Process, fast: Process, key: str, warmup: int) -> float:
 
 
 def on_cpu(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """All implementations take turns; the order changes from step to step."""
+    """All implementations, in turns or one after the other."""
+    kinds = [("naive", "fp32")] + [("blip", kind) for kind in dict.fromkeys(("fp32", args.precision))]
     with tempfile.TemporaryDirectory() as folder:
         weights = str(Path(folder) / "weights.pth")
-        processes = [Process(bench, "naive", "fp32", args.batch[0], weights, args)]
-        processes += [
-            Process(bench, "blip", precision, args.batch[0], weights, args)
-            for precision in dict.fromkeys(("fp32", args.precision))
-        ]
-        for number in range(args.warmup + args.steps):
-            for process in processes if number % 2 else reversed(processes):
-                process.step(number)
-    for process in processes:
-        process.close()
+        starts = [partial(Process, bench, *kind, args.batch[0], weights, args) for kind in kinds]
+        processes: list[Process] = []
+        for group in [[start] for start in starts] if args.apart else [starts]:
+            processes += in_turns([start() for start in group], args.warmup + args.steps)
     rows = [process.summary(args.batch[0], args.warmup) for process in processes]
     naive, ours = processes[:2]
     difference = max(abs(ours.steps[0][n] - naive.steps[0][n]) / abs(naive.steps[0][n]) for n in LOSSES)
@@ -126,6 +122,16 @@ def on_cpu(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "loss_difference": difference,
         "equal_losses": difference <= TOLERANCE,
     }
+
+
+def in_turns(processes: list[Process], steps: int) -> list[Process]:
+    """Step by step, in an order that changes from step to step."""
+    for number in range(steps):
+        for process in processes if number % 2 else reversed(processes):
+            process.step(number)
+    for process in processes:
+        process.close()
+    return processes
 
 
 def beyond(row: dict[str, Any]) -> float:
@@ -173,11 +179,14 @@ def report(bench: Bench, result: dict[str, Any], args: argparse.Namespace) -> No
         )
     print("fixed: runtime, weights, queues, moments; forward: what the forward pass leaves beyond them")
     if "speed" in result:
+        memory = (
+            f"{result['memory']:.2f}x peak memory, {result['step_memory']:.2f}x beyond fixed and gradients"
+        )
+        if args.return_memory:
+            memory += f", {result['forward_memory']:.2f}x after the forward pass"
         print(
             f"blip fp32 against straightforward fp32: {result['speed']:.2f}x samples/s (processor time"
-            f" {result['cpu_speed']:.2f}x); {result['memory']:.2f}x peak memory,"
-            f" {result['step_memory']:.2f}x beyond what is fixed and gradients,"
-            f" {result['forward_memory']:.2f}x after the forward pass; losses"
+            f" {result['cpu_speed']:.2f}x); {memory}; losses"
             f" {'equal' if result['equal_losses'] else 'DIFFERENT'} (largest relative difference"
             f" {result['loss_difference']:.1e})"
         )
@@ -196,6 +205,7 @@ def arguments(bench: Bench, description: str) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, help="threads per process; default: torch's")
     parser.add_argument("--twin", action="store_true", help="run the straightforward step on the GPU, too")
+    parser.add_argument("--apart", action="store_true", help="one after the other, to save memory")
     parser.add_argument("--return-memory", action="store_true", help="freed memory goes back at once (glibc)")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU; default: its nominal bf16 peak")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

@@ -6,12 +6,11 @@ every pass projects its own cross-attention keys and values, texts padded to a f
 position, queues concatenated to the features and written by slices, the twin moved parameter by parameter
 inside the step. The twin is a whole copy, cross-attention included.
 
-Parameters carry LAVIS's names; `to_ours` moves them to the library.
+Parameters carry LAVIS's names, so `blip.formats.lavis` moves weights between this file and the library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -214,53 +213,3 @@ class NaivePretrain(nn.Module):
         logits = self.text_decoder.cls(hidden, self.text_decoder.bert.embeddings.word_embeddings.weight)
         shifted, targets = logits[:, :-1].contiguous(), labels[:, 1:].contiguous()
         return F.cross_entropy(shifted.flatten(0, 1), targets.flatten(), label_smoothing=self.sizes.smoothing)
-
-
-RENAMED = (
-    (".crossattention.", ".cross_attn."),
-    (".attention.", ".self_attn."),
-    ("_attn.self.", "_attn."),
-    ("_attn.output.dense.", "_attn.out."),
-    ("_attn.output.LayerNorm.", "_attn.norm."),
-    (".intermediate.dense.", ".ffn.expand."),
-    (".output.dense.", ".ffn.contract."),
-    (".output.LayerNorm.", ".ffn.norm."),
-    ("text_encoder.encoder.layer.", "text.layers."),
-    ("text_encoder.embeddings.LayerNorm.", "text.embedding.norm."),
-    ("text_encoder.embeddings.", "text.embedding."),
-    ("_embeddings.weight", ".weight"),
-    ("text_decoder.bert.encoder.layer.", "text.layers."),
-    ("text_decoder.cls.predictions.transform.dense.", "lm_head.transform."),
-    ("text_decoder.cls.predictions.transform.LayerNorm.", "lm_head.norm."),
-    ("text_decoder.cls.predictions.", "lm_head."),
-    ("visual_encoder.", "vision.vit."),
-    ("image_queue", "queue.image"),
-    ("text_queue", "queue.text"),
-    ("queue_ptr", "queue.pointer"),
-)
-"""Parts of LAVIS's names -> ours, one after the other."""
-
-
-def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This file's weights (or gradients) by the library's names.
-
-    Left out is what has no place there: the decoder's names of what it shares, and the cross-attention of the
-    twin.
-    """
-    found = {}
-    for name, value in state.items():
-        shared = name.startswith("text_decoder.bert.") and ".attention." not in name
-        if shared or (name.startswith("text_encoder_m.") and ".crossattention." in name):
-            continue
-        ours = name.replace("_m.", ".", 1)
-        twin = "twin." if ours != name else ""
-        if ours.startswith("text_decoder."):
-            ours = ours.replace(".attention.", ".decode.self_attn.")
-        for theirs, new in RENAMED:
-            ours = ours.replace(theirs, new)
-        if name.endswith("_queue"):
-            value = value.T
-        elif name == "queue_ptr":
-            value = value[0]
-        found[twin + ours] = value
-    return found
