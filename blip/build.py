@@ -100,6 +100,8 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
             for split in splits
             if split in (*config.run.valid_splits, *config.run.test_splits)
         }
+        for data in (data for several in evaluations.values() for data in several):
+            task.check_data(data)
         runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
         if config.run.evaluate and limit is None:
             runner.progress.step = load_evaluated(config, model, runner.checkpoints)
@@ -231,7 +233,7 @@ def build_evaluation(
 
 def _dataset(config: Config, name: str, split: str, train: bool) -> Any:
     size = getattr(config.model, "image_size", None)
-    wanted = getattr(TASKS.get(config.run.task), "data_kind", None)
+    wanted = TASKS.get(config.run.task).data_kind
     data: Any = build_dataset(name, config.datasets[name], split, config.run.data_root, train, size, wanted)
     given = getattr(data.maker.vis_processor, "image_size", size)
     if size is not None and given != size:

@@ -31,6 +31,13 @@ IGNORED_RUN = {
     "save_last": "the last checkpoint is always kept",
     "use_dist_eval_sampler": "evaluation is spread over all processes and exact for every task",
     "use_datapipe": "the format of a dataset is recognised by its path",
+    **dict.fromkeys(
+        ("annotation_file", "anno_files", "ques_files", "load_gt_from_file"),
+        "what to compare with is the dataset's: its records, or datasets.NAME.annotation_file",
+    ),
+    **dict.fromkeys(
+        ("caption_key", "sample_id_key"), "datasets.NAME.columns says what a file calls its columns"
+    ),
     "task_config": UNRELEASED,
 }
 IGNORED_MODEL = {
@@ -48,9 +55,7 @@ TASK_KEYS = {
     **dict.fromkeys(("max_len", "min_len", "num_beams", "length_penalty"), "generating tasks"),
     **dict.fromkeys(("repetition_penalty", "top_p", "temperature"), "generating tasks"),
     **dict.fromkeys(("inference_method", "num_ans_candidates", "prompt"), "question-answering tasks"),
-    **dict.fromkeys(("ques_files", "anno_files"), "question-answering tasks"),
-    **dict.fromkeys(("report_metric", "annotation_file", "caption_key", "img_ids"), "captioning"),
-    **dict.fromkeys(("load_gt_from_file", "sample_id_key"), "captioning and question-answering tasks"),
+    **dict.fromkeys(("report_metric", "img_ids"), "captioning"),
     "k_test": "retrieval",
     "segments": "video classification",
 }
