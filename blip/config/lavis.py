@@ -61,6 +61,9 @@ TASK_KEYS = {
 }
 """Run keys that belong to some task; with another task they have no effect."""
 
+GENERATING = ("max_len", "min_len", "num_beams")
+"""Run keys of question answering that answers which are ranked have no use for."""
+
 MODEL_TYPES = {("blip_caption", "base"): "base_coco", ("blip_caption", "large"): "large_coco"}
 """Model types that LAVIS's files name but its zoo does not have."""
 
@@ -81,6 +84,9 @@ REFUSED_TASKS = {
 LAUNCH_KEYS = ("dist_url", "world_size", "distributed", "runner")
 """Keys that tell a file written for LAVIS: every file of its `projects` folder has some of them."""
 
+SAME_FILES = {("coco_vqa", "eval")}
+"""Variants of datasets whose files are those of the default one, with some splits left out."""
+
 LAVIS_SCHEDULE = (
     "counted and scheduled per optimizer step here; run.lr_per_epoch=true gives LAVIS's staircase, whose"
     " warm-up ends with the first epoch"
@@ -92,6 +98,8 @@ class Translation:
     """One source of the configuration in our keys."""
 
     tree: dict[str, Any]
+    from_lavis: bool = False
+    """Whether it is a file that was written for LAVIS."""
     notes: list[str] = field(default_factory=list)
     """`key: what became of it`."""
     problems: list[str] = field(default_factory=list)
@@ -107,6 +115,20 @@ class Translation:
 Change = Callable[[Translation, dict[str, Any], Collection[str]], None]
 
 
+def is_lavis(tree: dict[str, Any]) -> bool:
+    """Whether a file was written for LAVIS."""
+    run = tree.get("run")
+    return isinstance(run, dict) and any(key in run for key in LAUNCH_KEYS)
+
+
+def weights(model_class: Any, model_type: str) -> dict[str, str]:
+    """What LAVIS's model configuration names as `finetuned` and `pretrained`; its recipes leave it out."""
+    starts: dict[str, str] = getattr(model_class, "starts", {})
+    if model_type not in starts:
+        return {}
+    return {"finetuned": model_class.published[model_type], "pretrained": starts[model_type]}
+
+
 def translate(tree: dict[str, Any], run_keys: Collection[str], model_keys: Collection[str]) -> Translation:
     """The sections with LAVIS's keys replaced by ours.
 
@@ -118,7 +140,7 @@ def translate(tree: dict[str, Any], run_keys: Collection[str], model_keys: Colle
     Returns:
         What remains to be typed, with one note per key that was ignored or changed.
     """
-    result = Translation(dict(tree))
+    result = Translation(dict(tree), is_lavis(tree))
     for key, reason in IGNORED_ROOTS.items():
         if key in result.tree:
             del result.tree[key]
@@ -146,6 +168,7 @@ def _datasets(result: Translation, datasets: dict[str, Any], _: Collection[str])
             continue
         entry = datasets[name] = dict(given)
         where = f"datasets.{name}"
+        _type(result, entry, name)
         _ignore(result, entry, where, IGNORED_DATASET, ())
         kinds = entry.get("data_type")
         if isinstance(kinds, list) and "images" in kinds:
@@ -159,6 +182,18 @@ def _datasets(result: Translation, datasets: dict[str, Any], _: Collection[str])
             result.note(f"{where}.build_info", DOWNLOAD)
 
 
+def _type(result: Translation, entry: dict[str, Any], name: str) -> None:
+    """LAVIS's variant of a dataset, which says what files its splits have."""
+    kind = entry.pop("type", None)
+    if kind in (None, "default") or (name, kind) in SAME_FILES:
+        if kind is not None:
+            text = f"{kind} ignored: the splits of run read the same files without it"
+            result.note(f"datasets.{name}.type", text)
+    else:
+        text = f"{name} has no variant {kind!r} here; name its files by datasets.{name}.path"
+        result.refuse(f"datasets.{name}.type", text)
+
+
 def _processors(result: Translation, entry: dict[str, Any], where: str) -> None:
     for kind in ("vis_processor", "text_processor"):
         stages = entry.get(kind)
@@ -166,10 +201,16 @@ def _processors(result: Translation, entry: dict[str, Any], where: str) -> None:
             name = options.get("name") if isinstance(options, dict) else None
             if isinstance(name, str) and name in REFUSED_PROCESSORS and name not in PROCESSORS:
                 result.refuse(f"{where}.{kind}.{stage}.name", f"{name} {REFUSED_PROCESSORS[name]}")
+    stages, run = entry.get("text_processor"), result.tree.get("run")
+    written = stages.get("eval") if isinstance(stages, dict) else None
+    task = run.get("task") if isinstance(run, dict) else None
+    if result.from_lavis and task == "captioning" and isinstance(written, dict) and "prompt" in written:
+        text = "without effect, as in LAVIS: model.prompt is what captions begin with"
+        result.note(f"{where}.text_processor.eval.prompt", text)
 
 
 def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> None:
-    from_lavis = any(key in run for key in LAUNCH_KEYS)
+    from_lavis = result.from_lavis
     _ignore(result, run, "run", IGNORED_RUN, keys)
     for key in [k for k in run if k in TASK_KEYS and k not in keys]:
         del run[key]
@@ -184,6 +225,9 @@ def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> Non
             result.note("run.amp", f"ignored: run.precision={run['precision']} is given too")
         elif not isinstance(amp, bool):
             result.refuse("run.amp", f"{amp!r} is not true or false")
+    elif from_lavis and "precision" not in run and _is_blip(result.tree.get("model")):
+        run["precision"] = "fp32"
+        result.note("run.amp", "not given, so that LAVIS computes in fp32; run.precision=auto is faster")
     _ratios(result, run)
     _frequencies(result, run, from_lavis)
     if from_lavis and run.get("device") == "cuda":
@@ -195,6 +239,18 @@ def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> Non
         result.note("run.lr_sched", LAVIS_SCHEDULE)
     if from_lavis and run.get("accum_grad_iters", 1) != 1:
         result.note("run.accum_grad_iters", "steps are counted after accumulation here, before it in LAVIS")
+    if from_lavis and run.get("inference_method") == "rank" and "inference_method" in keys:
+        for key in [key for key in GENERATING if key in run]:
+            result.note(
+                f"run.{key}", "without effect, as in LAVIS: run.inference_method=rank writes no answers"
+            )
+    if from_lavis and run.get("output_dir") is not None:
+        result.note("run.output_dir", "the run lies right there; LAVIS makes a folder by date below it")
+
+
+def _is_blip(model: Any) -> bool:
+    """Whether it is a model of BLIP, none of which computes in half precision without `amp` in LAVIS."""
+    return isinstance(model, dict) and str(model.get("arch")).startswith("blip_")
 
 
 def _ratios(result: Translation, run: dict[str, Any]) -> None:

@@ -201,6 +201,7 @@ class _Loader:
     def _gather(self, model_class: type[Any] | None, model_type: type[Any], run_type: type[Any]) -> None:
         """Lay preset, file and command line over each other."""
         run_keys, model_keys = (list(keys_of(cls, "")) for cls in (run_type, model_type))
+        from_lavis = any(map(lavis.is_lavis, self.sources.values()))
         for origin, tree in self.sources.items():
             translation = lavis.translate(tree, run_keys, model_keys)
             self.sources[origin] = translation.tree
@@ -209,7 +210,7 @@ class _Loader:
                 key, _, reason = text.partition(": ")
                 self.problem(tuple(key.split(".")), reason, origin)
         if model_class is not None:
-            self._preset(model_class)
+            self._preset(model_class, from_lavis)
         for origin, tree in self.sources.items():
             for section, content in tree.items():
                 if section in SECTIONS and not isinstance(content, dict):
@@ -226,7 +227,7 @@ class _Loader:
         for path in [path for path in self.values.leaves if path[0] == "run" and path[-1] in added]:
             del self.values.leaves[path]
 
-    def _preset(self, model_class: type[Any]) -> None:
+    def _preset(self, model_class: type[Any], from_lavis: bool) -> None:
         presets: dict[str, dict[str, Any]] = getattr(model_class, "presets", {})
         arch, model_type = self._given("model", "arch"), self._given("model", "model_type")
         if not model_type and presets:
@@ -236,6 +237,10 @@ class _Loader:
                 _section(tree, "model").pop("model_type", None)
         if isinstance(model_type, str) and model_type in presets:
             self.values.put(("model",), presets[model_type], f"preset {arch}/{model_type}")
+            if from_lavis:  # its recipes leave to its model configurations which weights they start from
+                self.values.put(
+                    ("model",), lavis.weights(model_class, model_type), f"LAVIS's {arch}/{model_type}"
+                )
         elif model_type:
             text = f"{arch} has no type {model_type!r}{hint(str(model_type), presets)}"
             self.problem(("model", "model_type"), text, self._source("model", "model_type"))

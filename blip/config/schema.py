@@ -74,8 +74,6 @@ class DatasetConfig(Section):
 
     section: ClassVar[str] = "datasets"
 
-    type: str = "default"
-    """Variant of a catalogue dataset, as LAVIS names it."""
     kind: Literal["auto", "caption", "vqa", "nlvr", "classification"] = "auto"
     """What a record is: a picture and captions, a picture and a question, two pictures and a sentence, or one
     picture and a sentence, both with a label; `auto` tells by the columns."""

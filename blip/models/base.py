@@ -58,6 +58,8 @@ class BlipModel(nn.Module):
     added_tokens: ClassVar[tuple[str, ...]] = (DEC,)
     published: ClassVar[dict[str, str]] = {}
     """Preset -> address of the weights that LAVIS publishes for it."""
+    starts: ClassVar[dict[str, str]] = {}
+    """Preset -> address of the weights that LAVIS fine-tunes it from."""
     freezable: ClassVar[tuple[str, ...]] = ()
     """State-dict prefixes of parts that weight files may leave out; `load_frozen` fetches them."""
     replaceable: ClassVar[tuple[str, ...]] = ()

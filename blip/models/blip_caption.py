@@ -15,7 +15,7 @@ from blip.layers.text import LMHead, init_bert
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
 from blip.models.generate import decoding, draws_of, write
 from blip.models.med import Med
 from blip.models.narrate import caption_loss, decoder_labels
@@ -69,6 +69,7 @@ class BlipCaption(BlipModel):
         },
     }
     published: ClassVar = PUBLISHED["blip_caption"]
+    starts: ClassVar = STARTS["blip_caption"]
     sizes_of = classmethod(sizes_of_class)
     adopt = adopted_by
     added_tokens = (DEC, ENC)

@@ -17,7 +17,7 @@ from blip.losses import at_least_float32, soft_targets
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
 from blip.models.med import Med
 from blip.models.tokenizer import DEC, ENC
 from blip.models.vision import VisionTower, find_file
@@ -186,6 +186,7 @@ class BlipNlvr(BlipClassification):
     config_class = BlipNlvrConfig
     presets: ClassVar = {"nlvr": {"image_size": 384}}
     published: ClassVar = PUBLISHED["blip_nlvr"]
+    starts: ClassVar = STARTS["blip_nlvr"]
     num_images = 2
 
     def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:

@@ -29,7 +29,7 @@ from blip.losses import NegativeSampler, at_least_float32, similarity
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import MomentumConfig
-from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
 from blip.models.contrast import (
     Contrasted,
     Features,
@@ -101,6 +101,7 @@ class BlipRetrieval(BlipModel):
         "flickr": {"image_size": 384, "vit_grad_ckpt": True, "vit_ckpt_layer": 4},
     }
     published: ClassVar = PUBLISHED["blip_retrieval"]
+    starts: ClassVar = STARTS["blip_retrieval"]
     sizes_of = classmethod(sizes_of_class)
     adopt = adopted_by
     added_tokens = (DEC, ENC)

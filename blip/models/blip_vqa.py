@@ -21,7 +21,7 @@ from blip.layers.text import LMHead, init_bert
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
 from blip.models.generate import decoding, write
 from blip.models.med import Med
 from blip.models.narrate import answer_loss, decoder_labels
@@ -73,6 +73,7 @@ class BlipVqa(BlipModel):
         "text_processor": {"train": {"name": "blip_question"}, "eval": {"name": "blip_question"}},
     }
     published: ClassVar = PUBLISHED["blip_vqa"]
+    starts: ClassVar = STARTS["blip_vqa"]
     sizes_of = classmethod(sizes_of_class)
     adopt = adopted_by
     added_tokens = (DEC, ENC)

@@ -50,6 +50,15 @@ PUBLISHED: dict[str, dict[str, str]] = {
 }
 """Registry name -> preset -> address, as LAVIS's model configurations name them."""
 
+_CAPFILT, _ANSWERS = _BLIP + "model_base_capfilt_large.pth", _BLIP + "model_base_vqa_capfilt_large.pth"
+STARTS: dict[str, dict[str, str]] = {
+    "blip_retrieval": {"coco": _CAPFILT, "flickr": _CAPFILT},
+    "blip_caption": {"base_coco": _CAPFILT, "large_coco": _BLIP + "model_large.pth"},
+    "blip_vqa": {"vqav2": _CAPFILT, "okvqa": _ANSWERS, "aokvqa": _ANSWERS},
+    "blip_nlvr": {"nlvr": _CAPFILT},
+}
+"""Registry name -> preset -> address of what LAVIS fine-tunes it from, by its model configurations."""
+
 HEADS = ("itm_head.", "vision_proj.", "text_proj.", "lm_head.", "cls_head.", "temp")
 """Parts that a model may have and another not."""
 STATE = ("twin.", "queue.")

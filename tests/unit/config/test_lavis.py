@@ -140,6 +140,7 @@ def test_stage_1_of_lavis_is_accepted_as_it_is(monkeypatch: pytest.MonkeyPatch) 
         ["pretrain_stage1.yaml:", "run.distributed:"],
         ["pretrain_stage1.yaml:", "run.device:"],
         ["pretrain_stage1.yaml:", "run.lr_sched:"],
+        ["pretrain_stage1.yaml:", "run.output_dir:"],
     ]
 
 
@@ -160,6 +161,7 @@ def test_captioning_evaluation_of_lavis_loses_no_key_silently(write: Write) -> N
         "run.device",
         "run.dist_url",
         "run.distributed",
+        "run.output_dir",
         "run.save_freq",
         "run.world_size",
     }
@@ -202,6 +204,8 @@ def test_inner_epochs_become_steps_and_ratios_go_to_their_dataset(write: Write) 
         ({"warmup_lr": -1, "init_lr": 1e-4, "world_size": 1}, {"warmup_lr": 1e-4, "init_lr": 1e-4}),
         ({"device": "cuda"}, {"device": "cuda"}),
         ({"device": "cuda", "dist_url": "env://"}, {"device": "auto"}),
+        ({"amp": True, "dist_url": "env://"}, {"precision": "auto"}),
+        ({"precision": "bf16", "dist_url": "env://"}, {"precision": "bf16"}),
         ({"iters_per_inner_epoch": 9, "eval_freq": 3}, {"eval_freq": 3, "save_freq": 9}),
     ],
 )
@@ -217,6 +221,45 @@ def test_every_translation_that_changes_something_is_noted(write: Write) -> None
         assert translation.tree == {"run": {}}
         assert [note.split(":")[0] for note in translation.notes] == [f"run.{key}"]
     assert translate({"env": {"cache_root": "/x"}, "preprocess": {}}, [], []).tree == {}
+
+
+def test_a_file_for_lavis_starts_from_what_its_model_configurations_name(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = MODELS.get("blip2")
+    monkeypatch.setattr(cls, "published", {"coco": "https://x/tuned.pth"}, raising=False)
+    monkeypatch.setattr(cls, "starts", {"coco": "https://x/pretrained.pth"}, raising=False)
+    model = load_config(write(RETRIEVAL)).model
+    assert (model.finetuned, model.pretrained) == ("https://x/tuned.pth", "https://x/pretrained.pth")
+    assert not model.load_finetuned  # so that it starts from the pretrained one
+    other = load_config("recipe.yaml", ["model.pretrained=mine.pth"])
+    assert other.model.pretrained == "mine.pth"
+    assert other.origins["model.finetuned"] == "LAVIS's blip2/coco"
+    assert load_config("recipe.yaml", ["model.model_type=pretrain"]).model.finetuned is None
+    own = RETRIEVAL.replace(LAUNCH, "")
+    assert load_config(write(own)).model.finetuned is None  # a file of ours says itself where it starts
+
+
+def test_without_amp_a_model_of_blip_computes_as_in_lavis(write: Write) -> None:
+    amp = "  amp: True\n"
+    without = CAPTIONING_EVAL.replace(amp, "")
+    assert amp in CAPTIONING_EVAL
+    assert load_config(write(without)).run.precision == "auto"  # BLIP-2 has autocast of its own
+    text = without.replace("arch: blip2_t5_instruct", "arch: blip_caption")
+    config = load_config(write(text))
+    assert config.run.precision == "fp32"
+    assert any("run.amp: not given" in note for note in config.notes)
+    assert load_config("recipe.yaml", ["run.precision=bf16"]).run.precision == "bf16"
+    assert load_config(write(text.replace(LAUNCH, ""))).run.precision == "auto"
+
+
+def test_a_variant_of_a_dataset_is_known_or_refused(write: Write) -> None:
+    text = CAPTIONING_EVAL.replace("data_type: images", "type: VARIANT").replace("nocaps:", "coco_vqa:")
+    for kind in ("default", "eval"):
+        config = load_config(write(text.replace("VARIANT", kind)))
+        assert any(f"coco_vqa.type: {kind} ignored" in note for note in config.notes)
+    with pytest.raises(ConfigError, match=r"coco_vqa.type.*no variant 'balanced'.*coco_vqa.path"):
+        load_config(write(text.replace("VARIANT", "balanced")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,256 @@
+"""LAVIS's own recipes of BLIP: accepted as they are, with the meaning they have there.
+
+The files are fixtures. `MEANING` has the facts in our terms, from LAVIS's code and model configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip.build import start_of
+from blip.config.files import plain, read_yaml
+from blip.config.load import load_config
+from blip.data.catalog import names, row
+from blip.evaluate import main as evaluate
+from blip.train import main as train
+from tests.e2e.runs import ROOT
+
+FOLDER = ROOT / "tests" / "unit" / "config" / "fixtures" / "lavis" / "blip"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+
+BLIP = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
+LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP/"
+CAPFILT, ANSWERS = BLIP + "model_base_capfilt_large.pth", BLIP + "model_base_vqa_capfilt_large.pth"
+
+COSINE = {"lr_sched": "linear_warmup_cosine_lr", "warmup_steps": 0, "min_lr": 0, "weight_decay": 0.05}
+KNOWLEDGE = {**COSINE, "min_lr": 1e-5, "weight_decay": 0.02, "max_epoch": 7, "batch_size_train": 16}
+BEAMS = {"num_beams": 3, "max_len": 20, "min_len": 5, "repetition_penalty": None, "length_penalty": None}
+RANK = {"inference_method": "rank", "num_ans_candidates": 128, "prompt": ""}
+ASK = {"image_size": 480, "vit_drop_path_rate": 0.1}
+
+MEANING: dict[str, dict[str, Any]] = {
+    "train/pretrain_14m": {
+        "start": None,
+        "model": {
+            "arch": "blip_pretrain",
+            "image_size": 224,
+            "queue_size": 57600,
+            "alpha": 0.4,
+            "max_txt_len": 30,
+        },
+        "datasets": {
+            name: 1.0
+            for name in (
+                "coco_caption",
+                "conceptual_caption_3m",
+                "conceptual_caption_12m",
+                "vg_caption",
+                "sbu_caption",
+            )
+        },
+        "run": {
+            "lr_sched": "linear_warmup_step_lr",
+            **{
+                "init_lr": 3e-4,
+                "min_lr": 1e-6,
+                "warmup_lr": 1e-6,
+                "warmup_steps": 3000,
+                "lr_decay_rate": 0.9,
+            },
+            **{"max_epoch": 20, "batch_size_train": 75, "weight_decay": 0.05, "test_splits": []},
+        },
+    },
+    "train/caption_coco_ft": {
+        "start": CAPFILT,
+        "model": {"arch": "blip_caption", "image_size": 384, "prompt": "a picture of ", "vit_type": "base"},
+        "datasets": {"coco_caption": 1.0},
+        "run": {**COSINE, **BEAMS, "init_lr": 1e-5, "max_epoch": 5, "batch_size_train": 32},
+    },
+    "train/caption_coco_large_ft": {
+        "start": BLIP + "model_large.pth",
+        "model": {"vit_type": "large", "vit_drop_path_rate": 0.1, "vit_grad_ckpt": True, "vit_ckpt_layer": 5},
+        "datasets": {"coco_caption": 1.0},
+        "run": {**COSINE, **BEAMS, "init_lr": 2e-6, "max_epoch": 5, "batch_size_train": 16},
+    },
+    "train/retrieval_coco_ft": {
+        "start": CAPFILT,
+        "model": {
+            "image_size": 384,
+            "queue_size": 57600,
+            "alpha": 0.4,
+            "negative_all_rank": True,
+            "max_txt_len": 35,
+        },
+        "datasets": {"coco_retrieval": 1.0},
+        "run": {
+            **COSINE,
+            **{"init_lr": 2e-5, "weight_decay": 0.04, "max_epoch": 6, "k_test": 256, "batch_size_eval": 128},
+            **{"valid_splits": ["val", "test"], "test_splits": ["test"]},
+        },
+    },
+    "train/retrieval_flickr_ft": {
+        "start": CAPFILT,
+        "model": {"image_size": 384, "queue_size": 57600, "alpha": 0.4, "negative_all_rank": False},
+        "datasets": {"flickr30k": 1.0},
+        "run": {**COSINE, "init_lr": 1e-5, "max_epoch": 6, "k_test": 128, "batch_size_eval": 64},
+    },
+    "train/vqav2_ft": {
+        "start": CAPFILT,
+        "model": ASK,
+        "datasets": {"coco_vqa": 1.0, "vg_vqa": 1.0},  # BLIP's own weight of Visual Genome is 0.2
+        "run": {
+            **COSINE,
+            **RANK,
+            "init_lr": 2e-5,
+            "max_epoch": 10,
+            "valid_splits": [],
+            "test_splits": ["test"],
+        },
+    },
+    "train/okvqa_ft": {
+        "start": ANSWERS,
+        "model": ASK,
+        "datasets": {"ok_vqa": 1.0},
+        "run": {**KNOWLEDGE, **RANK, "task": "vqa", "init_lr": 3e-5, "test_splits": ["test"]},
+    },
+    "train/aokvqa_ft": {
+        "start": ANSWERS,
+        "model": ASK,
+        "datasets": {"aok_vqa": 1.0},
+        "run": {**KNOWLEDGE, **RANK, "task": "aok_vqa", "init_lr": 2e-5, "valid_splits": ["val"]},
+    },
+    "train/nlvr_ft": {
+        "start": CAPFILT,
+        "model": {"image_size": 384, "num_classes": 2, "vit_drop_path_rate": 0.0},
+        "datasets": {"nlvr": 1.0},
+        "run": {**COSINE, "init_lr": 2.5e-5, "max_epoch": 15, "batch_size_train": 16, "batch_size_eval": 64},
+    },
+    "eval/ret_coco_eval": {
+        "start": LAVIS + "blip_coco_retrieval.pth",
+        "model": {"image_size": 384},
+        "datasets": {"coco_retrieval": 1.0},
+        "run": {"k_test": 256, "eval_max_txt_len": 35, "batch_size_eval": 128, "test_splits": ["test"]},
+    },
+    "eval/ret_flickr_eval": {
+        "start": LAVIS + "blip_flickr_retrieval.pth",
+        "model": {"image_size": 384},
+        "datasets": {"flickr30k": 1.0},
+        "run": {"k_test": 128, "batch_size_eval": 64, "test_splits": ["test"]},
+    },
+    "eval/caption_coco_eval": {
+        "start": LAVIS + "blip_coco_caption_base.pth",
+        "model": {"image_size": 384, "prompt": "a picture of ", "vit_type": "base"},
+        "datasets": {"coco_caption": 1.0},
+        "run": {**BEAMS, "report_metric": True, "test_splits": ["test"]},
+    },
+    "eval/caption_coco_eval_large": {
+        "start": BLIP + "model_large_caption.pth",
+        "model": {"image_size": 384, "prompt": "a picture of ", "vit_type": "large"},
+        "datasets": {"coco_caption": 1.0},
+        "run": {**BEAMS, "report_metric": True, "test_splits": ["test"]},
+    },
+    "eval/nocaps_eval": {
+        "start": LAVIS + "blip_coco_caption_base.pth",
+        "model": {"image_size": 384, "prompt": "a picture of "},
+        "datasets": {"nocaps": 1.0},
+        "run": {**BEAMS, "report_metric": False, "test_splits": ["val", "test"]},
+    },
+    "eval/vqav2_eval": {
+        "start": ANSWERS,
+        "model": {"image_size": 480},
+        "datasets": {"coco_vqa": 1.0},
+        "run": {**RANK, "batch_size_eval": 64, "test_splits": ["val"]},
+    },
+    "eval/okvqa_eval": {
+        "start": LAVIS + "blip_okvqa.pth",
+        "model": {"image_size": 480},
+        "datasets": {"ok_vqa": 1.0},
+        "run": {**RANK, "task": "vqa", "batch_size_eval": 16, "test_splits": ["test"]},
+    },
+    "eval/aokvqa_eval": {
+        "start": LAVIS + "blip_aokvqa.pth",
+        "model": {"image_size": 480},
+        "datasets": {"aok_vqa": 1.0},
+        "run": {**RANK, "task": "aok_vqa", "batch_size_eval": 64, "test_splits": ["val", "test"]},
+    },
+    "eval/nlvr_eval": {
+        "start": BLIP + "model_base_nlvr.pth",
+        "model": {"image_size": 384, "num_classes": 2},
+        "datasets": {"nlvr": 1.0},
+        "run": {"task": "multimodal_classification", "batch_size_eval": 64, "test_splits": ["val", "test"]},
+    },
+}
+"""File -> weights it starts from, and values; of datasets, the factor of the answers' weights."""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_file_has_its_meaning() -> None:
+    assert [path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES] == sorted(MEANING)
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_a_file_of_lavis_means_here_what_it_means_there(name: str) -> None:
+    config = load_config(str(FOLDER / f"{name}.yaml"), known_datasets=names())
+    meaning, tree = MEANING[name], plain(config)
+    for section in ("model", "run"):
+        found = {key: tree[section][key] for key in meaning[section]}
+        assert found == meaning[section]
+    assert {data: part.answer_weight for data, part in config.datasets.items()} == meaning["datasets"]
+    assert start_of(config) == meaning["start"]
+    assert config.run.evaluate is name.startswith("eval/")
+    assert (config.run.precision, config.run.device, config.run.seed) == ("fp32", "auto", 42)
+    for data, part in config.datasets.items():
+        for options in part.vis_processor.values():
+            assert options.get("image_size", 384) == tree["model"]["image_size"]
+            assert options.get("min_scale", 0.5) == 0.5
+        wanted = [*config.run.test_splits, *([] if config.run.evaluate else config.run.train_splits)]
+        assert set(wanted) & row(data).splits.keys()
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_every_key_of_a_file_acts_here_or_is_reported(name: str) -> None:
+    path = FOLDER / f"{name}.yaml"
+    config = load_config(str(path), known_datasets=names())
+    noted = {note.split(": ")[1] for note in config.notes}
+    tree = plain(config)
+    for key, value in _leaves(read_yaml(path, path.name)):
+        if key not in noted and key not in ("run.amp", "run.resume_ckpt_path"):  # by other names
+            assert _at(tree, key) == value, key
+    assert noted <= dict(_leaves(read_yaml(path, path.name))).keys() | {"run.amp"}
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_commands_print_a_file_of_lavis_and_say_what_is_missing(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = evaluate if name.startswith("eval/") else train
+    path = str(FOLDER / f"{name}.yaml")
+    assert command(["--cfg-path", path, "--print-config"]) == 0
+    assert "datasets:" in capsys.readouterr().out
+    assert command(["--cfg-path", path, "--options", "run.data_root=empty"]) == 2
+    message = capsys.readouterr().err
+    assert "no file" in message
+    assert f"blip data prepare {next(iter(MEANING[name]['datasets']))}" in message
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield above + key, value
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    found: Any = tree
+    for part in key.split("."):
+        found = found[part]
+    return found
