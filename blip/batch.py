@@ -16,7 +16,7 @@ class Batch(TypedDict, total=False):
     """One (micro-)batch; LAVIS's keys, all optional. B rows on this rank, N on all ranks together."""
 
     image: Tensor
-    """(B, 3, H, W): uint8 as the loader makes it, or float, already normalised."""
+    """(B, 3, H, W): uint8 as the loader makes it, or float, already normalised; of videos (B, F, 3, H, W)."""
     image0: Tensor
     """The same of the first of two pictures."""
     image1: Tensor
@@ -130,6 +130,8 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def normalize(image: Tensor, image_norm: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to float32, normalised by mean and std (B, 2, 3) given in units of [0, 1]."""
+    """uint8 (B, 3, H, W) or (B, F, 3, H, W) to float32, by mean and std (B, 2, 3) in units of [0, 1]."""
     mean, std = image_norm[:, 0, :, None, None], image_norm[:, 1, :, None, None]
+    if image.ndim == 5:
+        mean, std = mean[:, None], std[:, None]
     return (image.to(torch.float32) / 255 - mean) / std

@@ -227,7 +227,9 @@ def build_evaluation(
         section = replace(section, max_samples=min(section.max_samples or limit, limit))
     data = _dataset(replace(config, datasets={name: section}), name, split, train=False)
     if skips is not None:
-        skips.judge_all(name, data.bad, data.lost, data.total, f"{data.unit} of split {split}")
+        skips.judge_all(
+            name, [*data.bad, *data.damaged], data.lost, data.total, f"{data.unit} of split {split}"
+        )
     return EvalLoader(data, config.run.batch_size_eval, config.run.num_workers)
 
 

@@ -19,7 +19,8 @@ from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker
 from blip.data.locate import MissingData, Source, available_splits, locate, require_files
 from blip.data.samples import BadRecord, Sample, SampleMaker
 from blip.data.shards import ShardDataset
-from blip.data.sources import check_pictures, class_names, found_kind, read_source
+from blip.data.sources import check_pictures, class_names, found_kind, read_source, shows_videos
+from blip.data.video import a_few
 from blip.errors import DataError, hint
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class Pairs:
     - captions: `image_id`;
     - questions: `answer` and `weight`, lists of the different answers and their shares; `question_id`;
     - sentences: `label`; about two pictures `image0` and `image1` in place of `image`.
+
+    Of a video, `image` is a list of up to eight frames.
 
     Iterating leaves out what cannot be read and logs how much that was.
     """
@@ -72,6 +75,16 @@ class _AsStored:
 
     def norm(self) -> Any:
         return None
+
+
+class _FramesAsStored(_AsStored):
+    """Likewise of videos; up to eight frames are shown."""
+
+    def frames(self, total: int, rng: Generator | None = None) -> list[int]:
+        return a_few(total)
+
+    def clip(self, frames: Sequence[Image.Image], rng: Generator | None = None) -> Any:
+        return list(frames)
 
 
 @dataclass
@@ -137,6 +150,8 @@ def _pairs(name: str, section: DatasetConfig, source: Source, root: str | Path |
     records = read_source(name, source, section.max_samples)
     kind = found_kind(source, records)
     classes = class_names(name, section, kind, source, records, root, training=False)
+    if shows_videos(section, records.columns):
+        plain = (_FramesAsStored(), str, section.prompt)
     makers = {
         "caption": SampleMaker(*plain) if source.captioned else _Pictures(*plain),
         "vqa": _Questions(*plain, answer_weight=section.answer_weight, answered=None),

@@ -103,6 +103,9 @@ def _web(folder: str, file: str, images: str, about: str) -> Row:
     )
 
 
+_CLIPS = (
+    "{}'s clips (.{}), or for each a folder of its name without the ending that holds its frames as pictures"
+)
 CATALOG: dict[str, Row] = {
     "scenes": Row(
         kind="retrieval",
@@ -242,6 +245,32 @@ CATALOG: dict[str, Row] = {
         annotations="ve_train.json, ve_dev.json, ve_test.json as LAVIS distributes them",
         classes=("contradiction", "neutral", "entailment"),
         suffix=".jpg",
+    ),
+    "msrvtt_retrieval": Row(
+        kind="retrieval",
+        splits={split: f"msrvtt/annotations/retrieval_{split}.json" for split in _ALL},
+        images="msrvtt/videos",
+        about="MSRVTT: 10,000 video clips, of which 1,000 with a caption each are for testing",
+        pictures=_CLIPS.format("MSRVTT", "mp4"),
+        annotations="retrieval_train.json, _val.json, _test.json as LAVIS distributes them",
+    ),
+    "msrvtt_qa": Row(
+        kind="vqa",
+        splits={split: f"msrvtt/annotations/qa_{split}.json" for split in _ALL},
+        images="msrvtt/videos",
+        about="MSRVTT-QA: 158,581 / 12,278 / 72,821 questions about video clips, one answer each",
+        pictures=_CLIPS.format("MSRVTT", "mp4"),
+        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
+        answer_list="msrvtt/annotations/qa_ans2label.json",
+    ),
+    "msvd_qa": Row(
+        kind="vqa",
+        splits={split: f"msvd/annotations/qa_{split}.json" for split in _ALL},
+        images="msvd/videos",
+        about="MSVD-QA: 30,933 / 6,415 / 13,157 questions about video clips, one answer each",
+        pictures=_CLIPS.format("MSVD", "avi"),
+        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
+        answer_list="msvd/annotations/qa_ans2label.json",
     ),
     "conceptual_caption_3m": _web(
         "conceptual_caption", "cc3m", "images", "Conceptual Captions: 3 million web pictures, one text each"

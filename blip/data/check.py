@@ -20,9 +20,10 @@ from blip.config.schema import DatasetConfig
 from blip.data.datasets import Records, pictures_of
 from blip.data.kinds import KINDS, LabelMaker, PairMaker, QuestionMaker
 from blip.data.locate import Source
-from blip.data.samples import BadRecord, SampleMaker, read_image, sound
+from blip.data.samples import BadRecord, Clip, SampleMaker, read_clip, read_image, sound
 from blip.data.shards import ShardDataset
-from blip.data.sources import class_names, found_kind, make_processor, read_source
+from blip.data.sources import class_names, found_kind, make_processor, read_source, shows_videos
+from blip.data.video import a_few
 
 CountTokens = Callable[[list[str]], list[int]]
 """Texts -> number of tokens of each."""
@@ -129,7 +130,8 @@ def check_split(
         records = read_source(name, source)
         kind = found_kind(source, records)
         report.noun = KINDS[kind].noun
-        parts = (_Undecoded(), _cleaner(kind))
+        clips = shows_videos(config, records.columns)
+        parts = (_UndecodedFrames() if clips else _Undecoded(), _cleaner(kind))
         maker: SampleMaker = _Looker(*parts) if source.captioned else _Pictures(*parts)
         classes = class_names(name, config, kind, source, records, data_root, training=False)
         if kind == "vqa":
@@ -158,6 +160,16 @@ class _Undecoded:
 
     def norm(self) -> Any:
         return None
+
+
+class _UndecodedFrames(_Undecoded):
+    """Likewise of videos, of which up to eight frames are decoded."""
+
+    def frames(self, total: int, rng: Generator | None = None) -> Any:
+        return a_few(total)
+
+    def clip(self, frames: Any, rng: Generator | None = None) -> Any:
+        return frames
 
 
 class _Looker(SampleMaker):
@@ -258,11 +270,12 @@ def _spread(total: int, limit: int | None) -> range | set[int]:
 
 def _read_all(report: Report, work: _Work, threads: int) -> None:
     """Decode all pictures in threads (decoders release the interpreter), in order."""
-    waiting: deque[Future[str | BadRecord]] = deque()
+    waiting: deque[Future[str | list[BadRecord]]] = deque()
     began = told = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         for name, place, text in work:
-            waiting.append(pool.submit(_describe, name, place, text))
+            look = _describe_clip if isinstance(place, Clip) else _describe
+            waiting.append(pool.submit(look, name, place, text))
             if len(waiting) > 4 * threads:  # pictures of shards wait in memory
                 _note(report, waiting.popleft().result())
             if (now := time.monotonic()) - told > _SECONDS_BETWEEN_LINES:
@@ -273,18 +286,28 @@ def _read_all(report: Report, work: _Work, threads: int) -> None:
             _note(report, future.result())
 
 
-def _note(report: Report, result: str | BadRecord) -> None:
+def _note(report: Report, result: str | list[BadRecord]) -> None:
     report.checked += 1
-    if isinstance(result, BadRecord):
-        report.bad.append(result)
+    if isinstance(result, list):
+        report.bad += result
     else:
         report.describe(result)
 
 
-def _describe(name: str, place: Any, text: str) -> str | BadRecord:
+def _describe_clip(name: str, clip: Clip, text: str) -> str | list[BadRecord]:
+    try:
+        frames, damaged = read_clip(clip, name, a_few)
+    except BadRecord as error:
+        return [error]
+    first = frames[0]
+    size = f"frames of {first.width} x {first.height} {first.mode}"
+    return damaged or f"{name}: {size}" + (f", {text!r}" if text else "")
+
+
+def _describe(name: str, place: Any, text: str) -> str | list[BadRecord]:
     try:
         images = [read_image(one, name) for one in (place if isinstance(place, list) else [place])]
     except BadRecord as error:
-        return error
+        return [error]
     sizes = " and ".join(f"{image.width} x {image.height} {image.mode}" for image in images)
     return f"{name}: {sizes}" + (f", {text!r}" if text else "")

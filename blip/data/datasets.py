@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from blip import keyed
-from blip.data.samples import BadRecord, Picture, Sample, SampleMaker
+from blip.data.samples import BadRecord, Clip, Picture, Sample, SampleMaker
 from blip.errors import DataError
 
 MAX_SUBSTITUTES = 20
@@ -76,6 +76,11 @@ class PairDataset:
         Raises:
             BadRecord: it cannot be read.
         """
+        sample = self._sample(index, epoch, seed)
+        sample.pop("damaged", None)
+        return sample
+
+    def _sample(self, index: int, epoch: int, seed: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} samples; there is no number {index}")
         number, which = self._locate(index)
@@ -94,7 +99,7 @@ class PairDataset:
         return sample
 
     def sample_or_substitute(self, index: int, epoch: int, seed: int) -> tuple[Sample, list[BadRecord]]:
-        """Sample `index`, or another one where it is bad; and the bad records met on the way.
+        """Sample `index`, or another one where it is bad; and the bad records and frames met on the way.
 
         The substitute is a function of the arguments too, so batches keep their size and a resumed or
         redistributed run sees the same ones.
@@ -106,13 +111,20 @@ class PairDataset:
         probe = index
         for attempt in range(MAX_SUBSTITUTES + 1):
             try:
-                return self.sample(probe, epoch, seed), bad
+                sample = self._sample(probe, epoch, seed)
+                return sample, bad + sample.pop("damaged", [])
             except BadRecord as error:
                 bad.append(error)
             rng = keyed.generator(seed, "substitute", self.name, epoch, index, attempt)
             probe = int(rng.integers(len(self)))
         cause = bad[-1].cause
-        wrong = "images" if cause == "missing_image" else "columns" if cause.startswith("no_") else "path"
+        wrong = (
+            "images"
+            if cause in ("missing_image", "missing_video")
+            else "columns"
+            if cause.startswith("no_")
+            else "path"
+        )
         wrong = "classes" if cause == "bad_label" else wrong
         raise DataError(
             f"datasets.{self.name}: {len(bad)} records in a row cannot be read ({causes(bad)}; the last is"
@@ -135,14 +147,16 @@ class PairDataset:
 
 def pictures_of(
     records: Records, number: int, record: dict[str, Any], maker: SampleMaker, name: str
-) -> Picture | list[Picture]:
-    """Path or content of a record's picture; a list where it has several.
+) -> Picture | Clip | list[Picture]:
+    """Path or content of a record's picture; a list where it has several; its video.
 
     Raises:
         BadRecord: the record names none.
     """
     entries = maker.places(record, name)
     found: list[Picture] = [records.picture(number, entry) for entry in entries]
+    if maker.of_videos:
+        return Clip(tuple(str(place) for place in found))
     return found if len(found) > 1 else found[0]
 
 

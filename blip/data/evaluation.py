@@ -19,8 +19,9 @@ from blip import dist, keyed
 from blip.data.datasets import Records, causes, pictures_of
 from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker, answers_of
 from blip.data.records import ById
-from blip.data.samples import MALFORMED, BadRecord, Picture, Sample, SampleMaker, read_image
+from blip.data.samples import MALFORMED, BadRecord, Clip, Picture, Sample, SampleMaker, read_image
 from blip.data.truth import Judge
+from blip.data.video import find_frames
 from blip.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ class EvalData:
         self.bad = bad
         self.lost = len(bad)
         """Units that are left out, for themselves or for their picture."""
+        self.damaged: list[BadRecord] = []
+        """Frames of videos that others stand in for, once they have been looked for."""
         self._numbers = np.array(numbers, np.int64)
         self._require_some()
 
@@ -65,12 +68,19 @@ class EvalData:
         name = self.instance_id(index)
         # Evaluation processors draw nothing; with a training one, pictures are at least the same each time.
         rng = keyed.generator(0, "evaluate", self.name, index)
-        return self.maker(self.record(index), self._places(index), name, rng)
+        sample = self.maker(self.record(index), self._places(index), name, rng)
+        sample.pop("damaged", None)
+        return sample
 
     @property
     def total(self) -> int:
         """Units that there are, those that are left out among them."""
         return len(self) + self.lost
+
+    @property
+    def of_videos(self) -> bool:
+        """Whether what stands for pictures here are videos."""
+        return self.maker.of_videos
 
     def record(self, index: int) -> dict[str, Any]:
         """The annotation of sample `index`."""
@@ -81,8 +91,12 @@ class EvalData:
         return f"{self.name}/{self._numbers[index]}"
 
     def pictures(self, index: int) -> list[str | None]:
-        """Paths of the pictures of sample `index`; None for one that is no file of its own."""
-        places = self._places(index)
+        """Paths of the pictures of sample `index`; None for one that is no file of its own.
+
+        Of a video it is the frame in the middle, or the video file.
+        """
+        places: Any = self._places(index)
+        places = _frame_of(places) if isinstance(places, Clip) else places
         several = places if isinstance(places, list) else [places]
         return [str(Path(p).absolute()) if isinstance(p, str) else None for p in several]
 
@@ -93,7 +107,8 @@ class EvalData:
     def verify(self, threads: int | None = None) -> Any:
         """Leave out the samples whose picture cannot be decoded; every rank reads its share of them.
 
-        What is left out is added to `bad` and reported. Call it on every rank.
+        What is left out is added to `bad`, frames that others stand in for to `damaged`; both are reported.
+        Call it on every rank.
 
         Returns:
             Itself.
@@ -103,7 +118,9 @@ class EvalData:
         start, end = dist.slices(len(first))[dist.rank()]
         with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:  # decoders release the lock
             own = [(k, e) for k, e in enumerate(pool.map(self._try, first[start:end].tolist()), start) if e]
-        found = {k: error for part in dist.gather_objects(own) for k, error in part}
+        errors = [(k, error) for part in dist.gather_objects(own) for k, several in part for error in several]
+        found = {k: error for k, error in errors if error.cause != "damaged_frame"}
+        self.damaged = [error for _, error in errors if error.cause == "damaged_frame"]
         if found:
             self.bad += found.values()
             lost = np.isin(group, list(found))
@@ -114,6 +131,11 @@ class EvalData:
             log.warning(
                 "datasets.%s: %d records are left out of the evaluation (%s), the first is %s",
                 *(self.name, len(self.bad), causes(self.bad), self.bad[0]),
+            )
+        if self.damaged:
+            log.warning(
+                "datasets.%s: %d frames cannot be read; the nearest ones stand in for them; the first is %s",
+                *(self.name, len(self.damaged), self.damaged[0]),
             )
         return self
 
@@ -130,16 +152,20 @@ class EvalData:
                 f" ({causes(self.bad)}); see 'blip data check'"
             )
 
-    def _try(self, index: int) -> BadRecord | None:
+    def _try(self, index: int) -> list[BadRecord]:
+        """What is wrong with a sample's pictures."""
         try:
             places = self._places(index)
+            if isinstance(places, Clip):
+                rng = keyed.generator(0, "evaluate", self.name, index)
+                return self.maker.read(places, self.instance_id(index), rng)[1]
             for place in places if isinstance(places, list) else [places]:
                 read_image(place, self.instance_id(index))
         except BadRecord as error:
-            return error
-        return None
+            return [error]
+        return []
 
-    def _places(self, index: int) -> Picture | list[Picture]:
+    def _places(self, index: int) -> Picture | Clip | list[Picture]:
         number, name = int(self._numbers[index]), self.instance_id(index)
         return pictures_of(self.records, number, self.records[number], self.maker, name)
 
@@ -372,7 +398,18 @@ def _picture(data: EvalData, index: int, place: Any) -> Sample:
     rng = keyed.generator(0, "evaluate", data.name, index)
     sample = data.maker.picture(place, data.instance_id(index), rng)
     sample["image_id"] = index
+    sample.pop("damaged", None)
     return sample
+
+
+def _frame_of(clip: Clip) -> str | None:
+    try:
+        found = find_frames(clip.places)
+    except OSError:
+        return None
+    if isinstance(found, str):
+        return found
+    return found[len(found) // 2] if found else None
 
 
 def _texts(record: dict[str, Any], maker: SampleMaker, name: str, bad: list[BadRecord]) -> list[str]:
@@ -396,7 +433,7 @@ def _number_of(record: dict[str, Any]) -> int | str:
     own = record.get("image_id")
     if isinstance(own, int) or (isinstance(own, str) and own.isdecimal()):
         return int(own)
-    stem = Path(str(record.get("image"))).stem
+    stem = Path(str(record.get("image", record.get("video")))).stem
     digits = stem[len(stem.rstrip("0123456789")) :]
     return int(digits) if digits else str(own if own is not None else stem)
 

@@ -12,7 +12,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from blip.data.collate import Flat
-from blip.data.samples import BadRecord, Picture, Sample, SampleMaker, read_image, sound
+from blip.data.samples import BadRecord, Clip, Picture, Sample, SampleMaker, read_image, sound
 
 SENTENCE = ("sentence", "caption", "text_input")
 """Columns that a sentence with a label may stand in, best first."""
@@ -100,7 +100,7 @@ class PairMaker(SampleMaker):
     def __call__(
         self,
         record: Mapping[str, Any],
-        image: Picture | Sequence[Picture],
+        image: Picture | Clip | Sequence[Picture],
         name: str,
         rng: Generator | None = None,
     ) -> Sample:
@@ -145,7 +145,7 @@ class PairMaker(SampleMaker):
             raise BadRecord("missing_image", name, f"'images' is {str(images)[:60]}, not a list of two")
         return images
 
-    def _both(self, image: Picture | Sequence[Picture], name: str) -> tuple[Image.Image, Image.Image]:
+    def _both(self, image: Picture | Clip | Sequence[Picture], name: str) -> tuple[Image.Image, Image.Image]:
         if isinstance(image, list | tuple) and len(image) == 2:
             return read_image(image[0], name), read_image(image[1], name)
         whole = read_image(image, name)  # type: ignore[arg-type]
@@ -238,9 +238,9 @@ class Kind:
 
 KINDS = {
     "caption": Kind(
-        SampleMaker, (("image",), ("caption",)), "captions", "blip_caption", ("retrieval", "caption")
+        SampleMaker, (("image", "video"), ("caption",)), "captions", "blip_caption", ("retrieval", "caption")
     ),
-    "vqa": Kind(QuestionMaker, (("image",), ("question",)), "questions", "blip_question", ("vqa",)),
+    "vqa": Kind(QuestionMaker, (("image", "video"), ("question",)), "questions", "blip_question", ("vqa",)),
     "nlvr": Kind(
         PairMaker,
         (("images", "image"), SENTENCE, ("label",)),
@@ -249,7 +249,11 @@ KINDS = {
         ("classification",),
     ),
     "classification": Kind(
-        LabelMaker, (("image",), SENTENCE, ("label",)), "sentences", "blip_caption", ("classification",)
+        LabelMaker,
+        (("image", "video"), SENTENCE, ("label",)),
+        "sentences",
+        "blip_caption",
+        ("classification",),
     ),
 }
 

@@ -17,10 +17,11 @@ from typing import Any
 from blip.atomic import write_file, write_text
 from blip.data import catalog
 from blip.data.catalog import Row
-from blip.data.readers import IMAGE_SUFFIXES, read_file
+from blip.data.readers import read_file
 from blip.data.samples import MALFORMED, BadRecord
 from blip.data.shards import SIZES_FILE
 from blip.data.tars import find_shards, scan
+from blip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from blip.errors import DataError, UsageError
 
 PROBES = 500
@@ -135,6 +136,8 @@ def _rewrite(official: Path, target: Path, mapper: PathMapper | None) -> None:
         for number, record in enumerate(read_file(official, "json")):
             if mapper is not None and "image" in record:
                 record = {**record, "image": mapper(str(record["image"]))}
+            if mapper is not None and isinstance(record.get("video"), str):
+                record = {**record, "video": mapper(record["video"])}
             if mapper is not None and isinstance(record.get("images"), list):
                 record = {**record, "images": [mapper(image) for image in _images(record)]}
             yield ("[\n" if number == 0 else ",\n") + json.dumps(record)
@@ -156,7 +159,7 @@ def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: li
     step = max(1, records // PROBES)
     some = (record for i, record in enumerate(read_file(path, "json")) if i % step == 0)
     probed = [image for record in some for image in _images(record) or [""]]
-    absent = [image for image in probed if not (mapper.root / image).is_file()]
+    absent = [image for image in probed if not mapper.has(image)]
     if absent:
         share = len(absent) / len(probed)
         missing.append(
@@ -168,6 +171,8 @@ def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: li
 def _images(record: dict[str, Any]) -> list[str]:
     """The image paths of a record."""
     images = record.get("images")
+    if isinstance(record.get("video"), str):
+        return [record["video"]]
     return [str(image) for image in (images if isinstance(images, list) else [record.get("image", "")])]
 
 
@@ -204,19 +209,24 @@ class PathMapper:
             parts = [part for part in parent.split("/") if part not in ("", ".", "..")]
             for start in range(len(parts) + 1):
                 folder = "/".join(parts[start:])
-                if (self.root / folder / name).is_file():
+                if self.has(os.path.join(folder, name)):
                     self._parents[parent] = folder
                     return str(PurePosixPath(folder, name))
             self._failures[parent] = self._failures.get(parent, 0) + 1
         return self._by_name().get(name, image)
 
+    def has(self, image: str) -> bool:
+        """Whether a picture is there; a video file, or the folder of its frames."""
+        place = self.root / image
+        return place.is_file() or (place.suffix.lower() in VIDEO_SUFFIXES and place.with_suffix("").is_dir())
+
     def _by_name(self) -> dict[str, str]:
-        """Name -> path of every picture whose name occurs once."""
+        """Name -> path of every picture or video file whose name occurs once."""
         if self._names is None:
             found: dict[str, str | None] = {}
             for folder, _, names in os.walk(self.root):
                 for name in names:
-                    if name.lower().endswith(IMAGE_SUFFIXES):
+                    if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)):
                         path = (Path(folder) / name).relative_to(self.root).as_posix()
                         found[name] = None if name in found else path
             self._names = {name: path for name, path in found.items() if path is not None}

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blip.data.samples import MALFORMED
+from blip.data.video import IMAGE_SUFFIXES
 from blip.errors import DataError
 
 Record = dict[str, Any]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Beside the pictures of a folder: `file_name` and captions, as Hugging Face's `imagefolder` has them."""
 

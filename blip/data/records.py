@@ -17,13 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from blip.data.readers import IMAGE_SUFFIXES, Record, detect, read_file
+from blip.data.readers import Record, detect, read_file
 from blip.data.samples import MALFORMED
+from blip.data.video import IMAGE_SUFFIXES
 from blip.errors import DataError, hint
 
 COLUMNS = {
     "image": ("image", "file_name", "filename", "image_path", "filepath", "file", "path"),
     "images": ("images",),
+    "video": ("video", "clip_name"),
     "caption": ("caption", "captions", "text", "caption_str"),
     "image_id": ("image_id", "img_id"),
     "instance_id": ("instance_id",),
@@ -136,7 +138,9 @@ class HfRecords:
         renamed = {theirs: ours for ours, theirs in columns.items()}
         self._names = {name: renamed.get(name, name) for name in dataset.column_names}
         self.columns = tuple(columns)
-        id_column = next(columns[name] for name in ("image_id", "image", "images") if name in columns)
+        id_column = next(
+            columns[name] for name in ("image_id", "image", "images", "video") if name in columns
+        )
         light = dataset.select_columns([id_column]).with_format(None)
         keys = array("Q")
         for number, row in enumerate(light):
@@ -204,7 +208,7 @@ def read_records(
     roots: Sequence[Path | None] | None = None,
     name: str = "data",
     limit: int | None = None,
-    required: Required = (("image",), ("caption",)),
+    required: Required = (("image", "video"), ("caption",)),
     suffix: str = "",
 ) -> PackedRecords | HfRecords:
     """Records of annotation files, one after the other.
@@ -299,6 +303,9 @@ def _find_columns(
         found = theirs or next((alias for alias in known if alias in present), None)
         if found is not None:
             names[ours] = found
+    # A file that names its videos may have columns that pictures are looked for under, such as `path`.
+    if "video" in names and "image" not in columns and names.get("image", "image") != "image":
+        del names["image"]
     for some in required(list(names)) if callable(required) else required:
         if present and not any(ours in names for ours in some):
             raise DataError(
@@ -371,7 +378,9 @@ def _picture_key(record: Record, number: int, root: str) -> int:
     """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
     if (image_id := record.get("image_id")) is not None:
         return _hash(f"id {image_id}")
-    image, images = record.get("image"), record.get("images")
+    image, images, video = record.get("image"), record.get("images"), record.get("video")
+    if image is None and isinstance(video, list | str):
+        return _hash(f"video {root} {video}")
     if isinstance(images, list):
         return _hash(f"images {root} {images}")
     return _hash(f"image {os.path.join(root, image)}" if isinstance(image, str) else f"record {number}")

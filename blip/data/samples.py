@@ -16,6 +16,7 @@ from numpy.random import Generator
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from blip.data.video import Choose, decode, find_frames
 from blip.errors import DataError
 
 MALFORMED = "__malformed__"
@@ -30,11 +31,19 @@ Picture = bytes | str | Path
 """Content or path of a picture."""
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A video."""
+
+    places: tuple[str, ...]
+    """See `blip.data.video.find_frames`."""
+
+
 class Sample(TypedDict, total=False):
     """One row of a batch, before collation."""
 
     image: Tensor
-    """uint8 (3, H, W)."""
+    """uint8 (3, H, W); of a video (F, 3, H, W)."""
     image0: Tensor
     """uint8 (3, H, W): the first of two pictures."""
     image1: Tensor
@@ -55,13 +64,17 @@ class Sample(TypedDict, total=False):
     """Number of the picture within its dataset, from 0."""
     instance_id: str
     """Name of the record, for reports and predictions."""
+    damaged: list[BadRecord]
+    """Frames of a video that cannot be read, where others stand in for them; it never gets into a batch."""
 
 
 class BadRecord(DataError):
     """A record that gives no sample: it is skipped, counted by `cause` and listed by `name`.
 
     Causes: missing_image, empty_image, truncated_image, unreadable_image, too_large, malformed_record,
-    no_caption, bad_text, no_question, no_answer, no_sentence, no_label, bad_label; shards add their own.
+    missing_video, empty_video, unreadable_video, no_video_reader, no_caption, bad_text, no_question,
+    no_answer, no_sentence, no_label, bad_label; shards add their own. A damaged_frame is counted, but its
+    video is used.
 
     Args:
         cause: one word for the count.
@@ -85,14 +98,22 @@ class VisProcessor(Protocol):
     def norm(self) -> Tensor: ...
 
 
+class VideoProcessor(VisProcessor, Protocol):
+    """What it needs of a processor of videos."""
+
+    def frames(self, total: int, rng: Generator | None = None) -> list[int]: ...
+
+    def clip(self, frames: Sequence[Image.Image], rng: Generator | None = None) -> Tensor: ...
+
+
 @dataclass
 class SampleMaker:
-    """Makes samples of one dataset and stage, of pictures with captions; picklable.
+    """Makes samples of one dataset and stage, of pictures or videos with captions; picklable.
 
     Other kinds of records have makers of their own, see `blip.data.kinds`.
 
     Args:
-        vis_processor: picture -> uint8 (3, H, W).
+        vis_processor: picture -> uint8 (3, H, W); one with `frames` and `clip` reads videos in their place.
         text_processor: text -> cleaned text.
         prompt: put in front of every cleaned text.
         columns: our name -> the record's name, where they differ.
@@ -105,10 +126,15 @@ class SampleMaker:
     what: ClassVar[str] = "caption"
     """What the text of a record is called."""
 
+    @property
+    def of_videos(self) -> bool:
+        """Whether records have `video`, not `image`."""
+        return hasattr(self.vis_processor, "clip")
+
     def __call__(
         self,
         record: Mapping[str, Any],
-        image: Picture | Sequence[Picture],
+        image: Picture | Clip | Sequence[Picture],
         name: str,
         rng: Generator | None = None,
     ) -> Sample:
@@ -116,7 +142,7 @@ class SampleMaker:
 
         Args:
             record: with a caption; of a list of captions `rng` draws one.
-            image: content or path of the picture, or the list of several.
+            image: content or path of the picture, the list of several, or a video.
             name: becomes `instance_id`.
             rng: source of all randomness; None takes a fresh, unseeded one.
 
@@ -141,7 +167,12 @@ class SampleMaker:
         return {**record, "caption": captions[which]} if isinstance(captions, list) and captions else record
 
     def places(self, record: Mapping[str, Any], name: str) -> list[Any]:
-        """What the record has as picture, one entry; or as pictures."""
+        """What the record has as picture, one entry; or as pictures, or as frames."""
+        if self.of_videos:
+            video = record.get("video")
+            if video is None or video == []:
+                raise BadRecord("missing_video", name, "the record has no 'video'")
+            return video if isinstance(video, list) else [video]
         if record.get("image") is None:
             raise BadRecord("missing_image", name, "the record has no 'image'")
         return [record["image"]]
@@ -175,14 +206,31 @@ class SampleMaker:
             raise BadRecord(f"no_{self.what}", name, f"nothing is left of {caption[:40]!r} after cleaning")
         return self.prompt + text
 
-    def picture(self, image: Picture, name: str, rng: Generator | None = None) -> Sample:
-        """`image`, `image_norm` and `instance_id` of a picture.
+    def picture(self, image: Picture | Clip, name: str, rng: Generator | None = None) -> Sample:
+        """`image`, `image_norm` and `instance_id` of a picture or video, and what is `damaged` of this.
 
         Raises:
-            BadRecord: the picture is missing or cannot be decoded.
+            BadRecord: the picture is missing or cannot be decoded, or there is no such frame of the video.
         """
+        if isinstance(image, Clip):
+            rng = np.random.default_rng() if rng is None else rng
+            frames, damaged = self.read(image, name, rng)
+            processor: Any = self.vis_processor
+            sample: Sample = {
+                "image": processor.clip(frames, rng),
+                "image_norm": processor.norm(),
+                "instance_id": name,
+            }
+            return {**sample, "damaged": damaged} if damaged else sample
         pixels = self.vis_processor.pixels(read_image(image, name), rng)
         return {"image": pixels, "image_norm": self.vis_processor.norm(), "instance_id": name}
+
+    def read(
+        self, clip: Clip, name: str, rng: Generator | None = None
+    ) -> tuple[list[Image.Image], list[BadRecord]]:
+        """The frames that the processor asks for, see `read_clip`."""
+        processor: Any = self.vis_processor
+        return read_clip(clip, name, lambda total: processor.frames(total, rng))
 
 
 def sound(record: Mapping[str, Any], name: str) -> None:
@@ -214,6 +262,64 @@ def read_image(image: Picture, name: str) -> Image.Image:
         raise
     except Exception as error:  # decoders of hostile files raise whatever they like; all of it is counted
         raise BadRecord(_cause(error, image), name, f"{where}: {error}".removeprefix(": ")) from error
+
+
+def read_clip(clip: Clip, name: str, choose: Choose) -> tuple[list[Image.Image], list[BadRecord]]:
+    """The wanted frames of a video, as they are stored.
+
+    The nearest frame that can be read stands in for one that cannot, the earlier one of two.
+
+    Args:
+        clip: where they are.
+        name: of the record.
+        choose: number of frames -> numbers of the wanted ones.
+
+    Returns:
+        frames: as many as are wanted.
+        damaged: what is wrong with those that others stand in for.
+
+    Raises:
+        BadRecord: missing_video, empty_video; unreadable_video where no frame can be read; no_video_reader.
+    """
+    try:
+        found = find_frames(clip.places)
+    except OSError as error:
+        raise BadRecord("missing_video", name, str(error)) from error
+    if isinstance(found, str):
+        return _decoded(found, name, choose), []
+    if not found:
+        raise BadRecord("empty_video", name, f"{clip.places[0]}: a folder without pictures")
+    wanted = choose(len(found))
+    frames: list[Image.Image] = []
+    read: dict[int, Image.Image | BadRecord] = {}
+    for number in wanted:
+        # The frame itself comes first, then those at distance 1, 2, ...
+        for other in sorted(range(len(found)), key=lambda i: (abs(i - number), i)):
+            if other not in read:
+                read[other] = _read_frame(found[other], name)
+            if not isinstance(frame := read[other], BadRecord):
+                frames.append(frame)
+                break
+        else:
+            raise BadRecord("unreadable_video", name, f"none of {len(found)} frames; {read[wanted[0]]}")
+    unread = [frame for number in dict.fromkeys(wanted) if isinstance(frame := read[number], BadRecord)]
+    return frames, [BadRecord("damaged_frame", name, f"{bad.cause}, {bad.detail}") for bad in unread]
+
+
+def _read_frame(path: str, name: str) -> Image.Image | BadRecord:
+    try:
+        return read_image(path, name)
+    except BadRecord as error:
+        return error
+
+
+def _decoded(path: str, name: str, choose: Choose) -> list[Image.Image]:
+    try:
+        return decode(path, choose)
+    except ImportError as error:
+        raise BadRecord("no_video_reader", name, f"{path}: {error}") from error
+    except Exception as error:  # as with pictures
+        raise BadRecord("unreadable_video", name, f"{path}: {error}") from error
 
 
 def _cause(error: Exception, image: Picture) -> str:

@@ -18,7 +18,8 @@ from blip.data.records import HfRecords, PackedRecords, read_records
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
 from blip.data.truth import SceneJudge, all_answers, all_labels, read_answer_list, read_official
-from blip.errors import ConfigError, hint
+from blip.data.video import HOW_TO_READ, find_frames, installed_reader
+from blip.errors import ConfigError, DataError, hint
 from blip.registry import PROCESSORS
 
 Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels
@@ -49,13 +50,14 @@ def build_dataset(
         DataError: files, columns or pictures are missing, or there is nothing in them.
         ConfigError: processors or settings that do not go together, or records of another kind than wanted.
     """
-    if config.data_type != "images":
+    if config.data_type == "features":
         raise ConfigError(
             f"datasets.{name}.data_type: {config.data_type!r} is no kind of files that image-text data can be"
-            " read from; use images"
+            " read from; use images or videos"
         )
     stage = "train" if train else "eval"
-    maker = make_maker(name, config, stage, image_size)  # what is wrong with it shows before files are read
+    # What is wrong with it shows before files are read.
+    maker = make_maker(name, config, stage, image_size, video=config.data_type == "videos")
     source = locate(name, config, split, data_root)
     if source.layout == "shards":
         if not train:
@@ -73,7 +75,9 @@ def build_dataset(
     kind = found_kind(source, records, wanted)
     _check_kind(name, kind, wanted)
     classes = class_names(name, config, kind, source, records, data_root)
-    maker = make_maker(name, config, stage, image_size, kind, classes)
+    video = shows_videos(config, records.columns)
+    maker = make_maker(name, config, stage, image_size, kind, classes, video)
+    _check_columns(name, config, stage, maker, records.columns)
     check_pictures(name, records, maker, source.named)
     if train:
         return PairDataset(name, records, maker, config.image_ids and kind == "caption")
@@ -110,6 +114,35 @@ def _check_kind(name: str, kind: str, wanted: str | None) -> None:
             f"datasets.{name}.kind: its records are of kind {kind}, run.task needs {' or '.join(fitting)};"
             f" name other data, say what the columns are (datasets.{name}.kind, datasets.{name}.columns), or"
             " choose another task"
+        )
+
+
+def shows_videos(config: DatasetConfig, present: Sequence[str]) -> bool:
+    """Whether records with these columns, by our names, are read as videos where no processor tells."""
+    named = config.data_type == "videos" or ("video" in config.columns and "image" not in config.columns)
+    return "video" in present and (named or "image" not in present)
+
+
+def _check_columns(
+    name: str, config: DatasetConfig, stage: str, maker: SampleMaker, present: Sequence[str]
+) -> None:
+    """Raise where the image processor is for videos and the records show pictures, or the other way round."""
+    processor = next(
+        (key for key in PROCESSORS.names() if PROCESSORS.get(key) is type(maker.vis_processor)), ""
+    )
+    if not maker.of_videos and "image" not in present and "images" not in present and "video" in present:
+        size = getattr(maker.vis_processor, "image_size", 384)
+        raise ConfigError(
+            f"datasets.{name}.vis_processor.{stage}.name: {processor} is for pictures, and the records have"
+            f" videos; use {{name: alpro_video_{stage}, n_frms: 8, image_size: {size}}}"
+        )
+    if (maker.of_videos or config.data_type == "videos") and "video" not in present:
+        key = f"vis_processor.{stage}.name" if config.data_type != "videos" else "data_type"
+        what = f"{processor} is for videos" if config.data_type != "videos" else "videos"
+        raise ConfigError(
+            f"datasets.{name}.{key}: {what}, and the records have no column 'video', only"
+            f" {', '.join(present)}; name the one that holds folders of frames or video files:"
+            f" datasets.{name}.columns: {{video: ...}}"
         )
 
 
@@ -209,13 +242,14 @@ def _training_records(
 def check_pictures(
     name: str, records: PackedRecords | HfRecords, maker: SampleMaker, named: Iterable[str] = ()
 ) -> None:
-    """Raise where none of the first pictures exists: that is a wrong folder, not damaged data.
+    """Raise where none of the first pictures or videos exists: that is a wrong folder, not damaged data.
 
     Raises:
-        DataError: naming the first one.
+        DataError: naming the first one, or what is needed to read video files.
     """
+    what = "videos" if maker.of_videos else "pictures"
     places: list[Path] = []
-    entry: Any = None
+    first: Any = None
     for i in range(min(len(records), 20)):
         try:
             entries = maker.places(records[i], "")
@@ -223,17 +257,34 @@ def check_pictures(
             return  # it is counted later
         for one in entries:
             place = records.picture(i, one)
-            if isinstance(place, bytes) or Path(place).exists():
+            if isinstance(place, bytes) or _exists(place, maker.of_videos, name):
                 return
             places.append(Path(place))
-            entry = one if entry is None else entry
+            first = one if first is None else first
     problem = (
-        f"datasets.{name}.images: none of the first {len(places)} pictures is there, not even"
+        f"datasets.{name}.images: none of the first {len(places)} {what} is there, not even"
         f" {str(places[0])!r}"
     )
     named = list(named)
-    advice = f"set datasets.{name}.images to the folder that holds {entry!r}"
+    advice = f"set datasets.{name}.images to the folder that holds {first!r}"
     raise MissingData(problem, named, "" if named else advice)
+
+
+def _exists(place: str, video: bool, name: str) -> bool:
+    """Whether a picture or video is there, and there is what it takes to read it.
+
+    Raises:
+        DataError: it is a video file, and no reader is installed.
+    """
+    if not video:
+        return Path(place).exists()
+    try:
+        found = find_frames([place])
+    except OSError:
+        return False
+    if isinstance(found, str) and installed_reader() is None:
+        raise DataError(f"datasets.{name}: {found} is a video file, which takes a reader: {HOW_TO_READ}")
+    return True
 
 
 def make_maker(
@@ -243,6 +294,7 @@ def make_maker(
     image_size: int | None = None,
     kind: str = "caption",
     classes: Sequence[str] = (),
+    video: bool = False,
 ) -> SampleMaker:
     """What makes the samples of a section, with its processors for `train` or `eval`.
 
@@ -256,11 +308,12 @@ def make_maker(
         image_size: side of the pictures where the section names no image processor.
         kind: of the records, a key of `kinds.KINDS`.
         classes: names of the classes, of kinds with labels.
+        video: whether records show videos, where no processor tells.
 
     Raises:
         ConfigError: unknown processor or option, or no image processor for training.
     """
-    vis = _image_processor(f"datasets.{name}.vis_processor", config.vis_processor, stage, image_size)
+    vis = _image_processor(f"datasets.{name}.vis_processor", config.vis_processor, stage, image_size, video)
     texts = config.text_processor
     entry = texts.get(stage) or next(iter(texts.values()), {"name": KINDS[kind].text_processor})
     text = make_processor(entry, f"datasets.{name}.text_processor.{stage}", images=False)
@@ -275,19 +328,27 @@ def make_maker(
 
 
 def _image_processor(
-    where: str, given: Mapping[str, Mapping[str, Any]], stage: str, image_size: int | None
+    where: str,
+    given: Mapping[str, Mapping[str, Any]],
+    stage: str,
+    image_size: int | None,
+    video: bool,
 ) -> Any:
     if stage in given:
         return make_processor(given[stage], f"{where}.{stage}", images=True)
     if stage == "eval" and "train" in given:
         other = make_processor(given["train"], f"{where}.train", images=True)
-        same = {key: getattr(other, key) for key in ("image_size", "mean", "std") if hasattr(other, key)}
+        shared = ("image_size", "mean", "std", "n_frms")
+        same = {key: getattr(other, key) for key in shared if hasattr(other, key)}
         name = "clip_image_eval" if "clip" in given["train"]["name"] else "blip_image_eval"
+        name = "alpro_video_eval" if hasattr(other, "clip") else name
         return PROCESSORS.get(name)(**same)
     if image_size is not None and not given:
         name = "blip2_image_train" if stage == "train" else "blip_image_eval"
+        name = f"alpro_video_{stage}" if video else name
         return PROCESSORS.get(name)(image_size=image_size)
-    raise ConfigError(f"{where}.{stage}: not given; name one, such as {{name: blip_image_{stage}}}")
+    known = "alpro_video" if video else "blip_image"
+    raise ConfigError(f"{where}.{stage}: not given; name one, such as {{name: {known}_{stage}}}")
 
 
 def make_processor(entry: Mapping[str, Any], where: str, images: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -229,10 +230,15 @@ PROBABILITY = 0.5
 SHEAR, TRANSLATE, DEGREES = 0.15, 5.0, 15.0
 
 
-def rand_augment(image: Image.Image, rng: Generator) -> Image.Image:
-    """Two operations drawn with replacement, each applied with probability 0.5 and a random sign."""
-    for name in rng.choice(OPERATIONS, NUM_OPERATIONS):
-        if rng.random() < PROBABILITY:
+def rand_augment(
+    image: Image.Image,
+    rng: Generator,
+    operations: Sequence[str] = OPERATIONS,
+    probability: float = PROBABILITY,
+) -> Image.Image:
+    """Two operations drawn with replacement, each applied with this probability and a random sign."""
+    for name in rng.choice(operations, NUM_OPERATIONS):
+        if rng.random() < probability:
             image = apply_operation(str(name), image, 1 if rng.random() < 0.5 else -1)
     return image
 
