@@ -68,13 +68,10 @@ MODEL_TYPES = {("blip_caption", "base"): "base_coco", ("blip_caption", "large"):
 """Model types that LAVIS's files name but its zoo does not have."""
 
 DOWNLOAD = "nothing is downloaded here; the files of `storage` have to be in place"
-VIDEO = "reads videos, and this library reads pictures only"
 REFUSED_PROCESSORS = {
-    "alpro_video_train": VIDEO,
-    "alpro_video_eval": VIDEO,
-    "gpt_video_ft": VIDEO,
-    "gpt_dialogue": "serves video dialogue, and this library reads pictures only",
-    "ulip_pc": "reads point clouds, and this library reads pictures only",
+    "gpt_video_ft": "serves video dialogue, which is no part of the BLIP family",
+    "gpt_dialogue": "serves video dialogue, which is no part of the BLIP family",
+    "ulip_pc": "reads point clouds, and this library reads pictures and videos only",
 }
 REFUSED_TASKS = {
     "dialogue": "video dialogue is no part of the BLIP family",
@@ -174,9 +171,9 @@ def _datasets(result: Translation, datasets: dict[str, Any], _: Collection[str])
         if isinstance(kinds, list) and "images" in kinds:
             entry["data_type"] = "images"
             result.note(f"{where}.data_type", f"only the pictures of {kinds} are used")
-        elif kinds == "videos":
-            result.refuse(f"{where}.data_type", f"videos: a dataset of this type {VIDEO}")
-            del entry["data_type"]
+        elif isinstance(kinds, list) and "videos" in kinds:
+            entry["data_type"] = "videos"
+            result.note(f"{where}.data_type", f"only the videos of {kinds} are used")
         _processors(result, entry, where)
         if _has_url(entry.get("build_info")):
             result.note(f"{where}.build_info", DOWNLOAD)

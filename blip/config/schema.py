@@ -77,20 +77,22 @@ class DatasetConfig(Section):
     kind: Literal["auto", "caption", "vqa", "nlvr", "classification"] = "auto"
     """What a record is: a picture and captions, a picture and a question, two pictures and a sentence, or one
     picture and a sentence, both with a label; `auto` tells by the columns."""
-    data_type: Literal["images", "features"] = "images"
-    """Pictures, or frozen-vision features written by `blip.cache_features`."""
+    data_type: Literal["images", "videos", "features"] = "images"
+    """Pictures; videos, which are also known by their column `video` or an `alpro_video_...` processor; or
+    frozen-vision features written by `blip.cache_features`."""
     path: str | list[str] | dict[str, Any] | None = None
     """Annotations: a file, folder or shard pattern, several of them, or one entry per split (`train`, `val`,
     `test`). Relative to the data root."""
     images: str | list[str] | dict[str, Any] | None = None
-    """Folder the records' image paths start from, likewise several or one per split; None: beside `path`."""
+    """Folder the records' image or video paths start from, likewise several or one per split; None: beside
+    `path`."""
     format: Literal["auto", "json", "jsonl", "csv", "tsv", "folder", "shards", "hf"] = "auto"
     """Layout of `path`; `auto` tells by name and content."""
     split: str | None = None
     """Split that a plain `path` belongs to, or the only one to use of several; None: train for a plain
     `path`, all for a catalogue name."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the file's name, for image, caption, image_id, question, answer, ..."""
+    """Our name -> the file's name, for image, video, caption, image_id, question, answer, ..."""
     answer_list: str | None = None
     """JSON list of the answers that are ranked; None: of the catalogue, else all answers of `train`."""
     answer_weight: float = 1.0
@@ -105,7 +107,7 @@ class DatasetConfig(Section):
     image_ids: bool = True
     """Give the model `image_id`, so that captions of one picture do not count as negatives of each other."""
     vis_processor: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`{train: {name: ..., option: value}, eval: {...}}` for pictures."""
+    """`{train: {name: ..., option: value}, eval: {...}}` for pictures or videos."""
     text_processor: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The same for texts."""
     sample_ratio: float | None = None
@@ -119,7 +121,7 @@ class DatasetConfig(Section):
     max_samples: int | None = None
     """Use the first so many records of each split only."""
     build_info: dict[str, Any] = field(default_factory=dict)
-    """LAVIS's `annotations.{split}.storage` and `images.storage`; `path` and `images` win."""
+    """LAVIS's `annotations.{split}.storage`, `images.storage` or `videos.storage`; `path`, `images` win."""
 
     def problems(self) -> list[str]:
         """Counts and ratios that make no sense."""

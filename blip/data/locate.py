@@ -29,7 +29,7 @@ class Source:
     paths: list[Path]
     layout: str
     roots: list[Path | None]
-    """For each path the folder that its image paths start from; None: the folder of the file."""
+    """For each path the folder that its image or video paths start from; None: the folder of the file."""
     columns: dict[str, str]
     named: list[str]
     """The catalogue's name where its files were looked for, else empty."""
@@ -232,7 +232,7 @@ def _roots(name: str, config: DatasetConfig, split: str, paths: list[Path], root
     if isinstance(images, Mapping):
         images = images.get(split)
     if images is None:
-        images = _mapping(config.build_info.get("images")).get("storage")
+        images = _mapping(config.build_info.get("images") or config.build_info.get("videos")).get("storage")
         if images is not None and row and _foreign(_listed(images)):
             log.warning("datasets.%s.build_info: %s is not here; using the catalogue's", name, images)
             images = None

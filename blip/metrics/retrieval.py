@@ -76,12 +76,16 @@ def ranks_of_texts(scores: Tensor, txt2img: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def recalls_from_ranks(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[str, float]:
+def recalls_from_ranks(
+    image_ranks: np.ndarray, text_ranks: np.ndarray, medians: bool = False
+) -> dict[str, float]:
     """LAVIS's recall table, in percent.
 
     Args:
         image_ranks: one per image, from 0: rank of its best own text.
         text_ranks: one per text, from 0: rank of its image.
+        medians: add `txt_mdR` and `img_mdR`, the median ranks, from 1, as they are reported for videos; the
+            second is BLIP's `vid_mdR`. What is not found counts as the last of all.
 
     Returns:
         `txt_r1 txt_r5 txt_r10 txt_r_mean` (images find texts), `img_r1 img_r5 img_r10 img_r_mean` (texts find
@@ -93,6 +97,9 @@ def recalls_from_ranks(image_ranks: np.ndarray, text_ranks: np.ndarray) -> dict[
         values = [100.0 * float((ranks < k).sum()) / max(len(ranks), 1) for k in RECALL_AT]
         table |= {f"{name}_r{k}": value for k, value in zip(RECALL_AT, values, strict=True)}
         table[f"{name}_r_mean"] = sum(values) / len(values)
+        if medians:
+            last = len(text_ranks if name == "txt" else image_ranks)
+            table[f"{name}_mdR"] = float(np.median(np.minimum(ranks + 1, last))) if len(ranks) else 0.0
     table["r_mean"] = (table["txt_r_mean"] + table["img_r_mean"]) / 2
     return table
 

@@ -144,18 +144,23 @@ class BlipModel(nn.Module):
         tokens = self.tokenize([texts] if isinstance(texts, str) else list(texts), max_length)
         return {**batch, **{k: v.to(self.device) for k, v in tokens.items()}}
 
-    def image_states(self, batch: dict[str, Any]) -> Tensor:
+    def image_states(self, batch: dict[str, Any], tower: nn.Module | None = None) -> Tensor:
         """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place.
 
         Frames of videos, `image` (B, F, 3, H, W), give the states of all frames one after the other,
         (B, F * P, D_image), as BLIP reads videos.
+
+        Args:
+            batch: with `image` or `image_embeds`.
+            tower: another one than the model's own, such as that of its twin.
         """
         if "image_embeds" in batch:
             return batch["image_embeds"]
+        tower = self.vision if tower is None else tower
         image = batch["image"]
         if image.ndim == 5:
-            return self.vision(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1, 2)
-        return self.vision(image)
+            return tower(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1, 2)
+        return tower(image)
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:
         """Load what the parts start from (pretrained tower, BERT); returns one line of report per part.

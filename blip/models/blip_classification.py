@@ -111,7 +111,7 @@ class BlipClassification(BlipModel):
         return self._judge(batch, twin["vision"], twin["text"], twin["cls_head"])
 
     def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:
-        states = batch["image_embeds"] if "image_embeds" in batch else vision(batch["image"])
+        states = self.image_states(batch, vision)
         images = [(text.image_keys(states), 1)]
         found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True)
         return at_least_float32(head(found[:, 0]))

@@ -83,9 +83,9 @@ class BlipRetrieval(BlipModel):
     """Tower, text encoder, projections, ITM head; momentum twin and queue.
 
     Shape:
-        batch: `image` (B, 3, H, W) or `image_embeds` (B, P, D_image); `text_input`, or `text_ids` and
-            `text_mask`; optional `image_id` (B,); `step` or `epoch` and `iters`, with `num_iters_per_epoch`,
-            for the ramp of the soft targets.
+        batch: `image` (B, 3, H, W), of videos (B, F, 3, H, W), or `image_embeds` (B, P, D_image);
+            `text_input`, or `text_ids` and `text_mask`; optional `image_id` (B,); `step` or `epoch` and
+            `iters`, with `num_iters_per_epoch`, for the ramp of the soft targets.
         returns: `loss` = `loss_itc` + `loss_itm`, `itc_acc`, `itm_acc`, `temp`, `alpha`; and what
             `after_step` takes into the queue.
     """
@@ -150,10 +150,16 @@ class BlipRetrieval(BlipModel):
         feats = Features(self.image_feats(states), self.text_feats(batch))
         return Views(states, feats, self.text.image_keys(states))
 
-    def image_feats(self, states: Tensor) -> Tensor:
-        """(B, 1, E), unit norm, from [CLS]; of a video, from the mean over its frames."""
+    def image_feats(self, states: Tensor, proj: nn.Module | None = None) -> Tensor:
+        """(B, 1, E), unit norm, from [CLS]; of a video, from the mean over its frames.
+
+        Args:
+            states: (B, P, D_image), or (B, F * P, D_image).
+            proj: another projection than the model's own, that of its twin.
+        """
+        proj = self.vision_proj if proj is None else proj
         frames = states.unflatten(1, (-1, self.vision.num_tokens))[:, :, 0]  # (B, F, D_image)
-        return F.normalize(at_least_float32(self.vision_proj(frames)).mean(dim=1, keepdim=True), dim=-1)
+        return F.normalize(at_least_float32(proj(frames)).mean(dim=1, keepdim=True), dim=-1)
 
     def text_feats(self, batch: dict[str, Any]) -> Tensor:
         """(B, E), unit norm, from [CLS]."""
@@ -164,9 +170,9 @@ class BlipRetrieval(BlipModel):
     def twin_feats(self, batch: dict[str, Any]) -> Features:
         """The twin's features of the local rows."""
         twin: Any = self.twin
-        states = batch["image_embeds"] if "image_embeds" in batch else twin["vision"](batch["image"])
+        states = self.image_states(batch, twin["vision"])
         text = twin["text"].unimodal(batch["text_ids"], batch["text_mask"], first_only=True)
-        image_feats = F.normalize(at_least_float32(twin["vision_proj"](states[:, :1])), dim=-1)
+        image_feats = self.image_feats(states, twin["vision_proj"])
         return Features(image_feats, F.normalize(at_least_float32(twin["text_proj"](text[:, 0])), dim=-1))
 
     def contrast(self, batch: dict[str, Any], views: Views) -> tuple[Output, Contrasted, Pool]:

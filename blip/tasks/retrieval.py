@@ -28,6 +28,8 @@ class RetrievalData(Protocol):
     text: list[str]
     txt2img: list[int]
     img2txt: list[list[int]]
+    of_videos: bool
+    """Whether the images are videos: median ranks are reported too."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -69,6 +71,8 @@ class RetrievalRun(RunConfig):
 class Retrieval(Task):
     """Recall at 1, 5 and 10, image to text (`txt_r*`) and text to image (`img_r*`), in percent.
 
+    Of videos, also the median ranks (`txt_mdR`, `img_mdR`).
+
     Every rank encodes and re-ranks its own images, so image states never travel. Each query's candidates
     are the k most similar; a candidate's score is its matching logit plus its similarity (LAVIS). A pair that
     both directions ask for is scored once.
@@ -98,10 +102,11 @@ class Retrieval(Task):
 
         def metrics() -> dict[str, float]:
             truth = _truth(data, sim.device)
-            found = _recalls(scores, to_texts, to_images, truth)
+            medians = getattr(data, "of_videos", False)
+            found = _recalls(scores, to_texts, to_images, truth, medians)
             if not self.config.k_test:
                 return found
-            first = _recalls(sim, everything, everything, truth)
+            first = _recalls(sim, everything, everything, truth, medians)
             return {f"itc_{name}": value for name, value in first.items()} | found
 
         return Evaluation(_predictions(scores.masked_fill(~to_texts, -torch.inf), data), metrics)
@@ -114,7 +119,8 @@ class Retrieval(Task):
         for batch in data.batches():
             found, state = model.retrieval_images(to_device(dict(batch), context.device))
             feats.append(found)
-            states.extend(state)
+            # Of videos they are too large to stay: eight frames of 384 pixels take 14 MB in single precision.
+            states.extend(state.cpu() if getattr(data, "of_videos", False) else state)
         return torch.cat(feats), states
 
     def _encode_texts(self, model: Any, tokens: list[Tensor], context: EvalContext) -> Tensor:
@@ -132,12 +138,13 @@ class Retrieval(Task):
         """Matching logits of the wanted pairs, (own images, all texts), -inf elsewhere; image by image."""
         scores = torch.full(wanted.shape, -torch.inf, device=wanted.device)
         for i, state in enumerate(states):
+            image = state[None].to(context.device)
             # Texts of similar length share a batch, so that little of it is padding.
             texts = sorted(wanted[i].nonzero()[:, 0].tolist(), key=lambda t: len(tokens[t]))
             for at in range(0, len(texts), RERANK_ROWS):
                 some = texts[at : at + RERANK_ROWS]
                 ids, mask = _pad([tokens[t] for t in some], context.device)
-                logits = model.rerank(state[None], ids[:, None], mask[:, None])[:, 0]
+                logits = model.rerank(image, ids[:, None], mask[:, None])[:, 0]
                 scores[i, torch.tensor(some, device=scores.device)] = logits.float()
         return scores
 
@@ -174,7 +181,9 @@ def _candidates(sim: Tensor, k: int, num_images: int) -> tuple[Tensor, Tensor]:
     return to_texts, sim >= threshold
 
 
-def _recalls(scores: Tensor, to_texts: Tensor, to_images: Tensor, truth: Tensor) -> dict[str, float]:
+def _recalls(
+    scores: Tensor, to_texts: Tensor, to_images: Tensor, truth: Tensor, medians: bool
+) -> dict[str, float]:
     """Recalls of all queries, from each rank's own rows of the score matrix.
 
     A query's rank is the number of wrong candidates that score at least as high as its best right one: a tie
@@ -192,7 +201,7 @@ def _recalls(scores: Tensor, to_texts: Tensor, to_images: Tensor, truth: Tensor)
     text_rank = dist.sum_tensor(((for_texts >= right) & ~truth).sum(dim=0))
     text_rank[right == -torch.inf] = NOT_FOUND
     image_ranks = torch.cat([part.cpu() for part in dist.gather_objects(image_rank.cpu())])
-    return recalls_from_ranks(image_ranks.numpy(), text_rank.cpu().numpy())
+    return recalls_from_ranks(image_ranks.numpy(), text_rank.cpu().numpy(), medians)
 
 
 def _predictions(scores: Tensor, data: RetrievalData) -> list[Prediction]:

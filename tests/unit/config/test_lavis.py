@@ -265,8 +265,7 @@ def test_a_variant_of_a_dataset_is_known_or_refused(write: Write) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ("name: blip_image_eval|name: alpro_video_eval", "alpro_video_eval reads videos"),
-        ("data_type: images|data_type: videos", "data_type.*a dataset of this type reads videos"),
+        ("name: blip_image_eval|name: gpt_video_ft", "gpt_video_ft serves video dialogue"),
         ("task: captioning|task: dialogue", "run.task.*video dialogue is no part of the BLIP family"),
         ("amp: True|amp: O1", "run.amp.*'O1' is not true or false"),
         (
