@@ -65,6 +65,15 @@ def test_the_names_are_those_of_lavis() -> None:
     )
 
 
+def test_median_ranks_count_from_one_and_what_is_not_found_is_last() -> None:
+    lost = NOT_FOUND
+    table = recalls_from_ranks(np.array([0, 1, 2, lost]), np.array([0, lost, lost]), medians=True)
+    assert (table["txt_mdR"], table["img_mdR"]) == (2.5, 4.0)
+    table = recalls_from_ranks(np.arange(7), np.array([0, 1, 1, 3, 0, 2, 2, 6]), medians=True)
+    assert (table["txt_mdR"], table["img_mdR"]) == (4.0, 2.5)
+    assert "txt_mdR" not in recalls_from_ranks(np.arange(7), np.arange(4))
+
+
 def test_an_image_is_found_by_the_best_of_its_captions() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
     assert ranks_of_images(scores, torch.tensor([0, 0, 1])).tolist() == [0, 2]

@@ -126,6 +126,37 @@ def test_a_batch_of_one_keeps_its_dimensions() -> None:
     assert model.rerank(states, ids, mask).shape == (1, 1)
 
 
+# Videos
+
+
+def test_a_video_of_equal_frames_trains_and_is_found_as_the_picture_is() -> None:
+    pictures = global_batch(5, ids=True)
+    videos = pictures | {"image": pictures["image"][:, None].expand(-1, 3, -1, -1, -1)}
+    models = [small_blip("retrieval") for _ in range(2)]
+    losses = [model(batch) for model, batch in zip(models, (pictures, videos), strict=True)]
+    losses[0].loss.backward()
+    losses[1].loss.backward()
+    found, expected = ({k: v for k, v in output.items() if k.startswith("loss")} for output in losses[::-1])
+    assert_same(found, expected)
+    assert_same(gradients(models[1]), gradients(models[0]), 1e-8)
+    torch.testing.assert_close(losses[1]["image_feats_m"], losses[0]["image_feats_m"], **NEAR)
+    model = models[0].eval()
+    feats = [model.retrieval_images(batch)[0] for batch in (pictures, videos)]
+    torch.testing.assert_close(feats[1], feats[0], **NEAR)
+
+
+def test_a_video_is_the_mean_of_its_frames_projections_and_all_their_tokens() -> None:
+    model = small_blip("retrieval").eval()
+    frames = global_batch(6, ids=False)["image"].unflatten(0, (2, 3))  # two videos of three frames
+    feats, states = model.retrieval_images({"image": frames})
+    each = model.vision(frames.flatten(0, 1))
+    for video in range(2):
+        own = each[3 * video : 3 * video + 3]
+        mean = model.vision_proj(own[:, 0]).mean(dim=0)
+        torch.testing.assert_close(feats[video, 0], mean / mean.norm(), **NEAR)
+        torch.testing.assert_close(states[video], torch.cat(list(own)), **NEAR)
+
+
 # Weights
 
 

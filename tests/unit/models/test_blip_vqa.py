@@ -62,6 +62,16 @@ def plain_loss(model: Any, batch: dict[str, Any]) -> Tensor:
 # The loss
 
 
+def test_a_video_of_equal_frames_trains_as_the_picture_does() -> None:
+    pictures, models = questions(), [small_blip("vqa") for _ in range(2)]
+    videos = pictures | {"image": pictures["image"][:, None].expand(-1, 4, -1, -1, -1)}
+    losses = [model(batch).loss for model, batch in zip(models, (pictures, videos), strict=True)]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-10, rtol=1e-10)
+    for loss in losses:
+        loss.backward()
+    assert_same(gradients(models[1]), gradients(models[0]), 1e-8)
+
+
 def test_loss_and_gradients_are_those_of_plain_loops() -> None:
     ours, plain, batch = small_blip("vqa"), small_blip("vqa"), questions()
     got, expected = ours(batch), plain_loss(plain, batch)
