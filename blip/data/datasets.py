@@ -156,7 +156,7 @@ def pictures_of(
     entries = maker.places(record, name)
     found: list[Picture] = [records.picture(number, entry) for entry in entries]
     if maker.of_videos:
-        return Clip(tuple(str(place) for place in found))
+        return Clip(tuple(place if isinstance(place, bytes) else str(place) for place in found))
     return found if len(found) > 1 else found[0]
 
 

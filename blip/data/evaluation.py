@@ -21,7 +21,6 @@ from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker, answers_of
 from blip.data.records import ById
 from blip.data.samples import MALFORMED, BadRecord, Clip, Picture, Sample, SampleMaker, read_image
 from blip.data.truth import Judge
-from blip.data.video import find_frames
 from blip.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -404,12 +403,11 @@ def _picture(data: EvalData, index: int, place: Any) -> Sample:
 
 def _frame_of(clip: Clip) -> str | None:
     try:
-        found = find_frames(clip.places)
+        found = clip.files()
     except OSError:
         return None
-    if isinstance(found, str):
-        return found
-    return found[len(found) // 2] if found else None
+    shown = found if isinstance(found, str) else found[len(found) // 2] if found else None
+    return shown if isinstance(shown, str) else None
 
 
 def _texts(record: dict[str, Any], maker: SampleMaker, name: str, bad: list[BadRecord]) -> list[str]:

@@ -35,8 +35,20 @@ Picture = bytes | str | Path
 class Clip:
     """A video."""
 
-    places: tuple[str, ...]
-    """See `blip.data.video.find_frames`."""
+    places: tuple[str | bytes, ...]
+    """See `blip.data.video.find_frames`; or the contents of its frames."""
+
+    def files(self) -> list[str | bytes] | str:
+        """Its frames, or the video file that they have to be decoded from.
+
+        Raises:
+            FileNotFoundError: there is neither.
+        """
+        paths = [place for place in self.places if isinstance(place, str)]
+        if len(paths) < len(self.places):
+            return list(self.places)
+        found = find_frames(paths)
+        return found if isinstance(found, str) else [*found]
 
 
 class Sample(TypedDict, total=False):
@@ -282,13 +294,13 @@ def read_clip(clip: Clip, name: str, choose: Choose) -> tuple[list[Image.Image],
         BadRecord: missing_video, empty_video; unreadable_video where no frame can be read; no_video_reader.
     """
     try:
-        found = find_frames(clip.places)
+        found = clip.files()
     except OSError as error:
         raise BadRecord("missing_video", name, str(error)) from error
     if isinstance(found, str):
         return _decoded(found, name, choose), []
     if not found:
-        raise BadRecord("empty_video", name, f"{clip.places[0]}: a folder without pictures")
+        raise BadRecord("empty_video", name, f"{clip.places[0]!r}: a folder without pictures")
     wanted = choose(len(found))
     frames: list[Image.Image] = []
     read: dict[int, Image.Image | BadRecord] = {}
@@ -306,7 +318,7 @@ def read_clip(clip: Clip, name: str, choose: Choose) -> tuple[list[Image.Image],
     return frames, [BadRecord("damaged_frame", name, f"{bad.cause}, {bad.detail}") for bad in unread]
 
 
-def _read_frame(path: str, name: str) -> Image.Image | BadRecord:
+def _read_frame(path: Picture, name: str) -> Image.Image | BadRecord:
     try:
         return read_image(path, name)
     except BadRecord as error:

@@ -112,6 +112,14 @@ def test_only_wanted_frames_are_read_in_their_order(folder: Path) -> None:
     assert shades(read_clip(listed, "v", lambda total: [0, 1])[0]) == [6, 1]
 
 
+def test_a_table_may_hold_the_frames_themselves(folder: Path) -> None:
+    contents = [(folder / "v0" / f"frame_{number}.png").read_bytes() for number in (3, 9, 1)]
+    sample = MAKER.picture(Clip(tuple(contents)), "v")
+    assert sample["image"][:, 0, 0, 0].tolist() == [2, 8, 0]
+    with pytest.raises(BadRecord, match="unreadable_video"):
+        MAKER.picture(Clip((b"not a picture",)), "v")
+
+
 # What is damaged
 
 
