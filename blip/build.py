@@ -82,7 +82,9 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
     wanted = [(name, config.datasets[name], split) for split, names in splits.items() for name in names]
     on_all(lambda: require_files(wanted, config.run.data_root))
     task = TASKS.get(config.run.task)(config.run)
-    _check_monitor(config, task.scores(), splits)
+    _check_monitor(
+        config, task, {name: None for split in config.run.valid_splits[:1] for name in splits[split]}
+    )
     parallel = Parallel(config.run)
     tracker = Tracker(config)
     try:
@@ -102,6 +104,8 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
         }
         for data in (data for several in evaluations.values() for data in several):
             task.check_data(data)
+        deciding = config.run.valid_splits[:1] if not config.run.evaluate else []
+        _check_monitor(config, task, {data.name: data for split in deciding for data in evaluations[split]})
         runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
         if config.run.evaluate and limit is None:
             runner.progress.step = load_evaluated(config, model, runner.checkpoints)
@@ -259,15 +263,22 @@ def _datasets_with(config: Config, split: str) -> list[str]:
     return [name for name, part in config.datasets.items() if split in available_splits(name, part, root)]
 
 
-def _check_monitor(config: Config, scores: list[str], splits: dict[str, list[str]]) -> None:
-    """Raise ConfigError where the evaluation that is to decide the best checkpoint has no such metric."""
-    monitor, decide = config.run.monitor, config.run.valid_splits[:1]
-    if monitor is None or not scores or not decide or config.run.evaluate:
+def _check_monitor(config: Config, task: Any, datasets: dict[str, Any]) -> None:
+    """Raise ConfigError where the evaluation that is to decide the best checkpoint has no such metric.
+
+    Args:
+        datasets: of that evaluation, by name; None in place of one that has not been read yet.
+    """
+    monitor = config.run.monitor
+    if monitor is None or not datasets or config.run.evaluate or not task.scores():
         return
-    data = splits[decide[0]]
-    known = [f"{name}/{score}" for name in data for score in scores] if len(data) > 1 else scores
+    scores = {name: task.scores(data) for name, data in datasets.items()}
+    several = len(scores) > 1
+    known = [f"{name}/{score}" if several else score for name, own in scores.items() for score in own]
     if monitor not in known:
-        raise ConfigError(f"run.monitor: the evaluation gives no {monitor!r}{hint(monitor, known)}")
+        where = f" on {' and '.join(scores)}" if any(data is not None for data in datasets.values()) else ""
+        text = hint(monitor, known) if known else "; there is nothing to compare with"
+        raise ConfigError(f"run.monitor: the evaluation{where} gives no {monitor!r}{text}")
 
 
 def _used_splits(config: Config) -> dict[str, list[str]]:

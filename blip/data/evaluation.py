@@ -347,6 +347,10 @@ class EvalQuestions(EvalData):
         """The kind of answer, likewise."""
         return str(self._annotation(index).get("answer_type", ""))
 
+    def choices(self, index: int) -> list[str]:
+        """The question's own candidates, as A-OKVQA has them; empty where it has none."""
+        return _strings(self.record(index).get("choices"))
+
     def _annotation(self, index: int) -> dict[str, Any]:
         record = self.record(index)
         if self._official is None:

@@ -354,7 +354,10 @@ class Runner:
             evaluation = self.evaluate_on(data)
             parts = dist.gather_objects(evaluation.predictions)
             name = f"{split}-{data.name}-step-{step:08d}"
-            self.tracker.predictions(name, [prediction for part in parts for prediction in part])
+            predictions = [prediction for part in parts for prediction in part]
+            self.tracker.predictions(name, predictions)
+            if (content := self.task.submission(data, predictions)) is not None:
+                self.tracker.submission(name, content)
             prefix = f"{data.name}/" if len(datasets) > 1 else ""
             found |= {prefix + key: value for key, value in evaluation.metrics().items()}
         if found:

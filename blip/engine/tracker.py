@@ -6,6 +6,7 @@ Rank 0 decides and writes; the other ranks call the same methods, which then do 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,7 @@ from blip.engine.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,
     PREDICTIONS_FOLDER,
+    SUBMISSIONS_FOLDER,
     TENSORBOARD_FOLDER,
     Lines,
     file_name,
@@ -33,6 +35,8 @@ from blip.engine.run_folder import (
 )
 from blip.engine.together import on_main
 from blip.weights import MODEL_FOLDER
+
+log = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -80,7 +84,8 @@ class Tracker:
         """
         if self._metrics is None or self._events is None:
             return
-        for folder in (self.folder, self.folder / PREDICTIONS_FOLDER, self.model_folder):
+        own = [self.folder / name for name in (PREDICTIONS_FOLDER, SUBMISSIONS_FOLDER)]
+        for folder in (self.folder, *own, self.model_folder):
             for leftover in folder.glob(atomic.PARTIAL + "*"):  # of a run that was killed
                 leftover.unlink()
         self._metrics.rewind(step)
@@ -122,6 +127,15 @@ class Tracker:
             path.parent.mkdir(exist_ok=True)
             rows = ",\n".join(json.dumps(p, ensure_ascii=False, default=plain_value) for p in predictions)
             atomic.write_text(path, f"[\n{rows}\n]\n" if rows else "[]\n")
+        return path
+
+    def submission(self, name: str, content: Any) -> Path:
+        """Write what an evaluation server takes to `submissions/<name>.json`; returns the path."""
+        path = self.folder / SUBMISSIONS_FOLDER / f"{file_name(name)}.json"
+        if dist.is_main():
+            path.parent.mkdir(exist_ok=True)
+            atomic.write_text(path, json.dumps(content, ensure_ascii=False, default=plain_value) + "\n")
+            log.info("for the evaluation server: %s", path)
         return path
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -103,7 +103,9 @@ class BlipModel(nn.Module):
         for part in fields(cls.config_class):
             given = values.get(part.name)
             if isinstance(given, dict) and part.default_factory is not MISSING:
-                values[part.name] = part.default_factory(**{**preset.get(part.name, {}), **given})
+                made: Any = part.default_factory()
+                given = {**preset.get(part.name, {}), **given}
+                values[part.name] = {**made, **given} if isinstance(made, dict) else replace(made, **given)
         return cls(cls.config_class(**values))
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -75,9 +75,21 @@ class Task:
             ConfigError: the dataset and the run's settings do not go together.
         """
 
-    def scores(self) -> list[str]:
-        """Names of the metrics that an evaluation gives; empty where only the evaluation can tell."""
+    def scores(self, data: Any = None) -> list[str]:
+        """Names of the metrics that an evaluation on `data` gives; without it, all that there may be.
+
+        Without `data`, empty means that only the evaluation can tell.
+        """
         return []
+
+    def submission(self, data: Any, predictions: Sequence[Prediction]) -> Any:
+        """What the benchmark's server takes, as JSON; None where all can be scored here.
+
+        Args:
+            data: what the predictions are about.
+            predictions: of all ranks, in the order of the samples.
+        """
+        return None
 
     def train_step(self, model: Any, batch: dict[str, Any]) -> Output:
         """The losses of one micro-batch; `model` may be wrapped for distributed training."""

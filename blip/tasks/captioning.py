@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -147,13 +147,21 @@ class Captioning(Task):
             for name, reason in absent.items():
                 log.info("%s will not be computed: %s", name, reason)
 
-    def scores(self) -> list[str]:
-        """All that there may be; what the data lacks is missing in the end."""
+    def scores(self, data: CaptionData | None = None) -> list[str]:
+        """Those that need references, and those that need a judge, as far as `data` has them."""
         if not self.config.report_metric:
             return []
         wanted = self.config.java_metrics
         skip = unavailable() if wanted is None else set(JAVA_SCORES) - set(wanted)
-        return [*score_names(skip), "agg_metrics", "attr_acc", "caption_acc"]
+        compared = data is None or any(data.references(i) for i in range(len(data)))
+        found = [*score_names(skip), "agg_metrics"] if compared else []
+        return found + (["attr_acc", "caption_acc"] if data is None or _judged(data) else [])
+
+    def submission(self, data: CaptionData, predictions: Sequence[Prediction]) -> list[dict[str, Any]] | None:
+        """COCO's and NoCaps's `[{image_id, caption}]`, where captions are not scored here."""
+        if self.config.report_metric and all(p["truth"] for p in predictions):
+            return None
+        return [{"image_id": p["image_id"], "caption": p["caption"]} for p in predictions]
 
     def evaluate(self, model: Any, data: CaptionData, context: EvalContext) -> Evaluation:
         """What the model writes about every picture of this rank's share."""
@@ -201,6 +209,12 @@ class Captioning(Task):
         )
         found["agg_metrics"] = found["CIDEr"] + found["Bleu_4"]
         return found
+
+
+def _judged(data: CaptionData) -> bool:
+    """Whether it is known what is in any of the pictures."""
+    judge = getattr(data, "judge", None)
+    return judge is not None and any(judge(i, "") is not None for i in range(len(data)))
 
 
 def _prediction(data: CaptionData, index: int, caption: str) -> Prediction:

@@ -82,7 +82,7 @@ class Retrieval(Task):
     needs = ("retrieval_images", "retrieval_texts", "retrieval_scores", "rerank")
     monitor: ClassVar[str] = "r_mean"
 
-    def scores(self) -> list[str]:
+    def scores(self, data: Any = None) -> list[str]:
         """Recalls; those of similarity alone have their own names where there are matching scores too."""
         names = list(recalls_from_ranks(np.zeros(1), np.zeros(1)))
         return names + [f"itc_{name}" for name in names] if self.config.k_test else names

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+from torch import Tensor
+
 from blip import dist
 from blip.batch import Batch, EvalContext, to_device
 from blip.config.schema import RunConfig
@@ -47,6 +49,10 @@ class QuestionData(Protocol):
 
     def answer_type(self, index: int) -> str | None:
         """Kind of answer, such as `yes/no`."""
+        ...
+
+    def choices(self, index: int) -> list[str]:
+        """The question's own candidates; empty where it has none."""
         ...
 
     def instance_id(self, index: int) -> str:
@@ -141,11 +147,22 @@ class VisualQuestionAnswering(Task):
             samples = to_device(dict(batch), context.device)
             with context.autocast():
                 answers = model.predict_answers(samples, **inference)
-            for index, answer in zip(batch["index"].tolist(), answers, strict=True):
-                predictions.append(self._prediction(data, index, answer))
+                chosen = self.choose(model, data, samples)
+            for index, answer, choice in zip(batch["index"].tolist(), answers, chosen, strict=True):
+                predictions.append(self._prediction(data, index, answer, choice))
         return Evaluation(predictions, lambda: self._metrics(data, predictions))
 
-    def _prediction(self, data: QuestionData, index: int, answer: str) -> Prediction:
+    def choose(self, model: Any, data: QuestionData, samples: dict[str, Any]) -> list[str | None]:
+        """The best of each question's own choices, where the benchmark asks for it, else None."""
+        return [None] * len(samples["index"])
+
+    def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
+        """VQA's `[{question_id, answer}]`, where answers are secret."""
+        if all(p["truth"] for p in predictions):
+            return None
+        return [{"question_id": _number(p["question_id"]), "answer": p["answer"]} for p in predictions]
+
+    def _prediction(self, data: QuestionData, index: int, answer: str, choice: str | None) -> Prediction:
         truths = data.answers(index)
         found: Prediction = {
             "index": index,
@@ -154,6 +171,7 @@ class VisualQuestionAnswering(Task):
             "image": data.picture(index),
             "question": data.question(index),
             "answer": answer,
+            **({} if choice is None else {"choice": choice}),
             "truth": truths,
         }
         if truths:
@@ -182,13 +200,57 @@ class GraphQuestionAnswering(VisualQuestionAnswering):
         """1.0 if the answer equals a reference answer."""
         return max(exact_match(answer, truth) for truth in truths)
 
+    def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
+        """GQA's `[{questionId, prediction}]`, where answers are secret."""
+        if all(p["truth"] for p in predictions):
+            return None
+        return [{"questionId": str(p["question_id"]), "prediction": p["answer"]} for p in predictions]
+
 
 @TASKS.register("aok_vqa")
 class KnowledgeQuestionAnswering(VisualQuestionAnswering):
-    """A-OKVQA: `acc` of direct answers in percent; an answer that three of ten people gave is right."""
+    """A-OKVQA: `acc` of direct answers in percent; an answer that three of ten people gave is right.
+
+    Where a question has choices, the most likely of them is its second answer; LAVIS leaves that one empty.
+    """
 
     monitor: ClassVar[str] = "acc"
 
     def accuracy(self, answer: str, truths: Sequence[str]) -> float:
         """min(1, n / 3) for n equal reference answers, as they are written."""
         return direct_accuracy(answer, truths)
+
+    def choose(self, model: Any, data: QuestionData, samples: dict[str, Any]) -> list[str | None]:
+        """The most likely of each question's choices."""
+        listed = [data.choices(index) for index in samples["index"].tolist()]
+        if any(listed) and hasattr(model, "image_states"):  # once for all of them
+            samples = {k: v for k, v in samples.items() if k != "image"} | {
+                "image_embeds": model.image_states(samples)
+            }
+        how = {**self.config.inference(), "inference_method": "rank"}
+        found: list[str | None] = []
+        for row, choices in enumerate(listed):
+            own = {key: _row(value, row, len(listed)) for key, value in samples.items()}
+            how |= {"answer_list": choices, "num_ans_candidates": len(choices)}
+            found.append(model.predict_answers(own, **how)[0] if choices else None)
+        return found
+
+    def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
+        """The leaderboard's `{question_id: {direct_answer, multiple_choice}}`, where answers are secret."""
+        if all(p["truth"] for p in predictions):
+            return None
+        return {
+            str(p["question_id"]): {"multiple_choice": p.get("choice", ""), "direct_answer": p["answer"]}
+            for p in predictions
+        }
+
+
+def _row(value: Any, row: int, rows: int) -> Any:
+    """One row of what a batch has for each of its rows, as a batch of one; else the value itself."""
+    per_row = isinstance(value, list | Tensor) and len(value) == rows
+    return value[row : row + 1] if per_row else value
+
+
+def _number(question_id: int | str) -> int | str:
+    """The number that a text writes out: servers take numbers only."""
+    return int(question_id) if isinstance(question_id, str) and question_id.isdecimal() else question_id

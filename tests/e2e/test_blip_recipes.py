@@ -80,3 +80,19 @@ def test_the_same_scores_come_from_evaluating_the_run(
     assert {k: v for k, v in evaluated.items() if k != "step"} == {
         k: v for k, v in trained.items() if k != "step"
     }
+
+
+def test_a_metric_that_the_data_cannot_give_is_refused_before_training(
+    commands: Commands, data_root: Path, tmp_path: Path
+) -> None:
+    more = [f"model.med={{{MED}}}", "run.valid_splits=[val]", "run.test_splits=[]", "run.monitor=attr_acc"]
+    small = options("scenes", data_root, tmp_path / "run")
+    known = commands("--cfg", "tiny/blip_caption.yaml", *small, *more, "--dry-run")
+    assert known.code == 0, known.output  # what is in the embedded pictures is known
+    paths = ", ".join(f"{split}: scenes/annotations/{split}.json" for split in ("train", "val"))
+    own = [f"datasets.scenes.path={{{paths}}}", "datasets.scenes.images=scenes"]
+    ended = commands("--cfg", "tiny/blip_caption.yaml", *small, *more, *own)
+    assert ended.code == 2
+    assert "run.monitor: the evaluation on scenes gives no 'attr_acc'; choose from Bleu_1" in ended.output
+    assert "caption_acc" not in ended.output
+    assert not (tmp_path / "run").exists()

@@ -174,7 +174,13 @@ def test_captions_of_scenes_are_judged_by_what_is_in_them(tmp_path: Path) -> Non
 
 QUESTIONS = [
     {"image": "a.png", "question": "What is IT?", "question_id": 11, "answer": ["cat", "cat", "dog"]},
-    {"image": "a.png", "question": "Where?", "answers": [{"answer": "here"}], "type": "place"},
+    {
+        "image": "a.png",
+        "question": "Where?",
+        "answers": [{"answer": "here"}],
+        "type": "place",
+        "choices": ["here"],
+    },
     {"image": "b.png", "question": "How many (exactly)?", "question_id": "x", "answer": 3},
     {"image": "b.png", "question": "Unanswered?", "question_id": 14},
 ]
@@ -185,6 +191,7 @@ def test_questions_have_ids_types_and_the_answers_as_annotated(folder: Path) -> 
     assert [data.question_id(i) for i in range(4)] == [11, 1, "x", 14]
     assert [data.answers(i) for i in range(4)] == [["cat", "cat", "dog"], ["here"], ["3"], []]
     assert [data.question_type(i) for i in range(4)] == ["", "place", "", ""]
+    assert [data.choices(i) for i in range(4)] == [[], ["here"], [], []]
     assert data.question(2) == "How many (exactly)?"
     assert data.answer_list == ["yes", "no"]
     (batch,) = EvalLoader(data, 4).batches()

@@ -42,7 +42,7 @@ class Pictures(FakeData):
 
 class Judged(Pictures):
     def judge(self, index: int, caption: str) -> dict[str, int] | None:
-        assert caption == SAID[index]
+        assert caption in (SAID[index], "")  # asked without one, whether there is a judge
         return None if index == 3 else {"right": index, "stated": 4, "whole": int(index == 4)}
 
 
@@ -211,3 +211,23 @@ def test_the_names_of_scores_are_known_before(monkeypatch: pytest.MonkeyPatch) -
     assert task(report_metric=False).scores() == []
     assert task().monitor in task().scores()
     assert set(task().evaluate(Writer(), Judged(), CONTEXT).metrics()) == {*plain, *own}
+
+
+@pytest.mark.parametrize("references", [WRITTEN, [[]] * 5])
+@pytest.mark.parametrize("kind", [Pictures, Judged])
+def test_the_names_of_scores_are_those_that_the_data_gives(
+    kind: type[Pictures], references: list[list[str]]
+) -> None:
+    data = kind(references=references)
+    found = task().evaluate(Writer(), data, CONTEXT).metrics()
+    assert task().scores(data) == list(found)
+    assert task(report_metric=False).scores(data) == []
+
+
+def test_captions_that_are_not_scored_here_are_written_for_the_server() -> None:
+    predictions = task().evaluate(Writer(), Pictures(), CONTEXT).predictions
+    wanted = [{"image_id": 100 + i, "caption": said} for i, said in enumerate(SAID)]
+    assert task().submission(Pictures(), predictions) == wanted  # nobody wrote about picture 3
+    known = [p for p in predictions if p["truth"]]
+    assert task().submission(Pictures(), known) is None
+    assert task(report_metric=False).submission(Pictures(), known) == wanted[:3] + wanted[4:]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from blip.config.schema import SectionError
 from blip.errors import ConfigError
@@ -15,6 +16,7 @@ from tests.unit.tasks.conftest import CONTEXT, FakeData
 
 SAID = ["2", "red", "a dog", "yes", "left"]
 TRUTHS = [["two"], ["red"] * 2 + ["blue"] * 8, ["dog"] * 4 + ["cat"] * 6, [], ["right"]]
+CHOICES = [["1", "3"], [], ["a cat", "a bird"], ["yes", "no"], ["up"]]
 TYPES = ["count", "color", "what", "is", "where"]
 
 
@@ -38,6 +40,9 @@ class Questions(FakeData):
 
     def answer_type(self, index: int) -> str | None:
         return "other" if index else None
+
+    def choices(self, index: int) -> list[str]:
+        return CHOICES[index]
 
 
 class Answerer:
@@ -142,6 +147,57 @@ def test_gqa_is_an_exact_match() -> None:
 def test_aokvqa_compares_as_written() -> None:
     found = task("aok_vqa").evaluate(Answerer(), Questions(5), CONTEXT).metrics()
     assert found["acc"] == pytest.approx(100 * (2 / 3) / 4)
+
+
+def test_answers_that_are_secret_are_written_for_each_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Questions(3)
+    known = task().evaluate(Answerer(), data, CONTEXT).predictions
+    for name in ("vqa", "gqa", "aok_vqa"):
+        assert task(name).submission(data, known) is None
+    monkeypatch.setattr(Questions, "answers", lambda self, index: [])
+    said = task().evaluate(Answerer(), data, CONTEXT).predictions
+    assert task().submission(data, said) == [
+        {"question_id": 500, "answer": "2"},
+        {"question_id": 501, "answer": "red"},
+        {"question_id": 502, "answer": "a dog"},
+    ]
+    assert task().submission(data, [{**said[0], "question_id": "7"}])[0]["question_id"] == 7
+    assert task("gqa").submission(data, said)[0] == {"questionId": "500", "prediction": "2"}
+
+
+def test_aokvqa_answers_by_itself_and_among_each_question_s_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Chooser(Answerer):
+        def predict_answers(self, samples: dict[str, Any], **how: Any) -> list[str]:
+            said = super().predict_answers(samples, **how)
+            assert len(samples["image"]) == len(samples["index"]) == len(said)
+            return said if how["answer_list"] == ["yes", "no"] and len(said) > 1 else how["answer_list"][-1:]
+
+    monkeypatch.setattr(Questions, "answers", lambda self, index: [])
+    data, model = Questions(4), Chooser()
+    predictions = task("aok_vqa", num_ans_candidates=9).evaluate(model, data, CONTEXT).predictions
+    assert [p.get("choice") for p in predictions] == ["3", None, "a bird", "no"]
+    assert [how["num_ans_candidates"] for how in model.asked] == [9, 2, 9, 2, 2]
+    assert task("aok_vqa").submission(data, predictions) == {
+        "500": {"multiple_choice": "3", "direct_answer": "2"},
+        "501": {"multiple_choice": "", "direct_answer": "red"},
+        "502": {"multiple_choice": "a bird", "direct_answer": "a dog"},
+        "503": {"multiple_choice": "no", "direct_answer": "yes"},
+    }
+
+
+def test_pictures_are_looked_at_once_for_all_choices() -> None:
+    class Model(Answerer):
+        def image_states(self, samples: dict[str, Any]) -> torch.Tensor:
+            self.asked.append({"looked": len(samples["image"])})
+            return torch.arange(len(samples["image"]))
+
+        def predict_answers(self, samples: dict[str, Any], **how: Any) -> list[str]:
+            self.asked.append({"seen": samples.get("image_embeds", torch.zeros(0)).tolist()})
+            return how["answer_list"][:1] * len(samples["text_input"])
+
+    model = Model()
+    task("aok_vqa").evaluate(model, Questions(1), CONTEXT)
+    assert model.asked == [{"seen": []}, {"looked": 1}, {"seen": [0]}]
 
 
 def test_the_metric_that_decides_has_the_tasks_name() -> None:
