@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ STAND_INS = {
     "trainer": """
         echo "$SLURM_PROCID/$SLURM_NTASKS $MASTER_ADDR:$MASTER_PORT $*"
         exit $TRAINER_CODE
+    """,
+    # Leaves what a finished run does; fails before the stage $FAILS. Anything but a module runs as it is.
+    "blip-python": """
+        if [ "$1" != -m ]; then exec "$REAL_PYTHON" "$@"; fi
+        echo "$*" >>"$CALLS"
+        [ "$2" = blip.train ] || exit 0
+        for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
+        if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
+        mkdir -p "$folder/model"
+        echo '{"split": "train", "step": 7, "loss": 1.0}
+        {"split": "test", "step": 7, "acc": 62.5, "question_type_color": 1.0}' >"$folder/metrics.jsonl"
+        touch "$folder/report.html" "$folder/model/model.safetensors"
     """,
 }
 
@@ -65,6 +78,54 @@ def test_slurm_job_continues_only_after_a_stop_that_saved(
     )
     tasks = [f"{task}/2 node7:20321 {arguments}" for task in (0, 1)]
     assert done.stdout.splitlines() == tasks + ["scontrol requeue 40321"] * requeued
+
+
+STAGES = ("pretrain", "caption", "retrieval", "vqa", "nlvr")
+
+
+def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(bin_folder: Path, tmp_path: Path) -> None:
+    calls, output = tmp_path / "calls", tmp_path / "out"
+    environment = {
+        "BLIP_PYTHON": str(bin_folder / "blip-python"),
+        "REAL_PYTHON": sys.executable,
+        "CALLS": str(calls),
+        "BLIP_OPTIONS": "run.max_iters=7 run.seed=1",
+        "BLIP_SCENES": "--train 64",
+    }
+    chain = [str(ROOT / "run_scripts" / "blip.sh"), "--output", str(output), "--data", str(tmp_path / "data")]
+    chain.append("run.log_freq=1")
+    run(*chain, code=3, FAILS="vqa", **environment)
+    done = run(*chain, code=0, **environment)
+    assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
+        *(f"== {name}: finished before" for name in STAGES[:3]),
+        "== vqa",
+        "== nlvr",
+    ]
+    table = [line.split() for line in done.stdout.splitlines() if "acc" in line]
+    assert table == [[name, "7", "acc", "62.50"] for name in STAGES]
+    assert "question_type" not in done.stdout
+    made = ["-m blip.data make scenes --train 64"]
+    start = f"model.init_from={output / 'pretrain'} "
+    trained = [
+        f"-m blip.train --cfg tiny/blip_{name}.yaml {start * (name != 'pretrain')}run.max_iters=7 run.seed=1"
+        f" run.log_freq=1 run.output_dir={output / name} run.resume=auto"
+        for name in STAGES
+    ]
+    assert calls.read_text().splitlines() == made + trained[:4] + made + trained[3:]
+    other = run(*chain, "run.seed=2", code=2, **environment)
+    assert f"the runs in {output} have other key=value" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output"], "--output needs a folder"),
+        (["--outptu=x"], "--outptu=x is no option and no key=value"),
+        (["run.output_dir=x"], "there are five runs; say --output FOLDER"),
+    ],
+)
+def test_the_chain_refuses_what_it_does_not_know(arguments: list[str], message: str) -> None:
+    assert message in run(str(ROOT / "run_scripts" / "blip.sh"), *arguments, code=2).stderr
 
 
 def test_environment_is_not_made_in_a_folder_that_holds_something_else(tmp_path: Path) -> None:
