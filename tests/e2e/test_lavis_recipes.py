@@ -241,6 +241,31 @@ def test_commands_print_a_file_of_lavis_and_say_what_is_missing(
     assert f"blip data prepare {next(iter(MEANING[name]['datasets']))}" in message
 
 
+TRAINING = ("lr_sched", "init_lr", "min_lr", "warmup_lr", "warmup_steps", "lr_decay_rate", "weight_decay")
+TRAINING += ("max_epoch", "batch_size_train", "batch_size_eval")
+SCORING = ("k_test", "inference_method", "num_ans_candidates", "batch_size_eval")
+WRITING = ("num_beams", "max_len", "min_len", "repetition_penalty", "length_penalty")
+AS_SHIPPED = [name for name in MEANING if name.startswith("eval/")]
+AS_SHIPPED += [f"train/{name}" for name in ("pretrain_14m", "okvqa_ft", "aokvqa_ft")]
+
+
+@pytest.mark.parametrize("name", AS_SHIPPED)
+def test_our_recipe_of_the_same_name_is_lavis_s(name: str) -> None:
+    """The others are BLIP's own, which LAVIS has changed."""
+    ours = load_config(f"blip/{name.partition('/')[2]}", known_datasets=names())
+    theirs = load_config(str(FOLDER / f"{name}.yaml"), known_datasets=names())
+    keys = [key for key in (*SCORING, "task", "precision") if hasattr(theirs.run, key)]
+    keys += TRAINING if name.startswith("train/") else ()
+    keys += WRITING if theirs.run.task == "captioning" else ()
+    assert {key: getattr(ours.run, key) for key in keys} == {key: getattr(theirs.run, key) for key in keys}
+    same = ("init_from", "finetuned", "pretrained", "load_finetuned", "load_pretrained")
+    models = [{k: v for k, v in plain(config)["model"].items() if k not in same} for config in (ours, theirs)]
+    assert models[0] == models[1]
+    if name.startswith("eval/"):
+        assert start_of(ours) == start_of(theirs)
+    assert sorted(ours.datasets) == sorted(theirs.datasets)
+
+
 def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
