@@ -51,6 +51,14 @@ def check_fixed(config: Any, fixed: dict[str, Any], name: str) -> None:
             raise CheckpointError(f"config.json: {key} is {value!r}; {name} has {only!r}, and nothing else")
 
 
+def check_stem(vit: Any) -> None:
+    """Raise UsageError if a tower (VitConfig) has a convolution before its patches."""
+    if vit.stem_width:
+        raise UsageError(
+            "to_hf: model.vit.stem_width: transformers' towers have no convolution before their patches"
+        )
+
+
 def _values(config: Any, max_txt_len: int) -> dict[str, Any]:
     vision, text = config.vision_config, config.text_config
     check_fixed(config, {"vision_config.hidden_act": "gelu", "text_config.hidden_act": "gelu"}, "BLIP")
@@ -105,6 +113,7 @@ def _config(config: Any, model: Any, name: str) -> Any:
     vit, med = model.vision.vit.config, config.med
     if vit.name not in ("vit_base", "vit_large"):
         raise UsageError(f"to_hf: {name} has BLIP's tower (base or large), not {config.vit_type}")
+    check_stem(vit)
     words = model.text.embedding.word.num_embeddings
     return BlipConfig(
         vision_config=BlipVisionConfig(

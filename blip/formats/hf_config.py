@@ -12,7 +12,7 @@ from torch import Tensor
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, UsageError, hint
 from blip.formats import hf, hf_blip
-from blip.formats.hf_blip import BERT, EXPLICIT, VIT, check_fixed
+from blip.formats.hf_blip import BERT, EXPLICIT, VIT, check_fixed, check_stem
 
 
 class HfModel(NamedTuple):
@@ -66,6 +66,7 @@ def _build_retrieval(config: Any, model: Any) -> Any:
         )
     # transformers has one epsilon for the blocks and for `ln_vision`, whose own is 1e-5 here and in LAVIS.
     vit, qformer = model.vision.vit.config, config.qformer
+    check_stem(vit)
     return Blip2ForImageTextRetrieval(
         Blip2Config(
             vision_config=Blip2VisionConfig(

@@ -45,6 +45,10 @@ class VitConfig:
     """`fused`: one bias for queries, keys and values; `q_v`: no key bias (EVA)."""
     patch_bias: bool = True
     """Bias in the patch embedding."""
+    stem_width: int = 0
+    """Channels of a convolution and activation before the patches; 0: none, as in all published towers."""
+    stem_stride: int = 2
+    """Stride of that convolution, in pixels; its kernel is 2 * stride + 1 wide."""
     pre_norm: bool = False
     """LayerNorm before the first block (CLIP's `ln_pre`)."""
     final_norm: bool = True
@@ -81,6 +85,13 @@ class VitConfig:
             found.append(
                 f"image_size: {self.image_size} is not a multiple of the patch size {self.patch_size} of"
                 f" {self.name}; use {near}, or set patch_size"
+            )
+        if self.stem_width < 0:
+            found.append(f"stem_width: {self.stem_width} is below 0")
+        if self.stem_width and (self.stem_stride < 1 or self.patch_size % self.stem_stride):
+            found.append(
+                f"stem_stride: {self.stem_stride} does not divide the patch size {self.patch_size} of"
+                f" {self.name}; set stem_stride or patch_size"
             )
         if not 0 <= self.drop_path_rate < 1:
             found.append(f"drop_path_rate: {self.drop_path_rate} is not in [0, 1)")
@@ -273,15 +284,25 @@ class LayerNorm(nn.LayerNorm):
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected: (B, 3, H, W) -> (B, h*w, D)."""
+    """Non-overlapping patches, each projected: (B, 3, H, W) -> (B, h*w, D).
+
+    With `stem_width`, patches are cut from the output of one overlapping convolution. That helps a small
+    tower that starts from nothing to learn in few steps (Xiao et al. 2021, Early Convolutions Help
+    Transformers See Better).
+    """
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
-        size = config.patch_size
-        self.proj = nn.Conv2d(3, config.width, kernel_size=size, stride=size, bias=config.patch_bias)
+        channels, size, stride = config.stem_width or 3, config.patch_size, config.stem_stride
+        self.stem: nn.Module = nn.Identity()
+        if config.stem_width:
+            size //= stride
+            convolution = nn.Conv2d(3, channels, kernel_size=2 * stride + 1, stride=stride, padding=stride)
+            self.stem = nn.Sequential(convolution, nn.GELU())
+        self.proj = nn.Conv2d(channels, config.width, kernel_size=size, stride=size, bias=config.patch_bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(image).flatten(2).transpose(1, 2)
+        return self.proj(self.stem(image)).flatten(2).transpose(1, 2)
 
 
 class VitAttention(nn.Module):

@@ -84,12 +84,16 @@ def _tower(tensors: Mapping[str, Tensor], values: dict[str, Any], unknown: list[
         "depth": len(_numbers(tensors, r"vision\.vit\.blocks\.(\d+)\.norm1\.weight")),
         "mlp_dim": named.mlp_dim if expand is None else len(expand),
     }
+    stem = tensors.get(f"{TOWER}patch_embed.stem.0.weight")
+    if stem is not None:
+        stride = stem.shape[-1] // 2
+        sizes |= {"stem_width": len(stem), "stem_stride": stride, "patch_size": patch_size * stride}
     if different := {key: value for key, value in sizes.items() if value != getattr(named, key)}:
         values["vit"] = different
     if width != named.width:
         unknown.append("vit.heads")
     if f"{TOWER}pos_embed" in tensors:  # [CLS] and a square of patches
-        values["image_size"] = isqrt(tensors[f"{TOWER}pos_embed"].shape[1] - 1) * patch_size
+        values["image_size"] = isqrt(tensors[f"{TOWER}pos_embed"].shape[1] - 1) * sizes["patch_size"]
 
 
 def _tower_name(tensors: Mapping[str, Tensor], width: int) -> str:

@@ -59,6 +59,10 @@ class VisionConfig(Section):
     """Epsilon of the LayerNorms; not for timm towers."""
     init_std: float | None = None
     """Standard deviation of initial matrices and position embeddings; not for timm towers."""
+    stem_width: int | None = None
+    """Channels of a convolution before the patches, which no published tower has; not for timm towers."""
+    stem_stride: int | None = None
+    """Stride of that convolution, a divisor of `patch_size`; its kernel is 2 * stride + 1 pixels wide."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Linear and convolution weights while the tower is frozen; the rest stays fp32."""
     freeze: bool = False
@@ -115,6 +119,8 @@ class VisionConfig(Section):
             "mlp_dim": self.mlp_dim or width * named.mlp_dim // named.width,
             "norm_eps": self.norm_eps,
             "init_std": self.init_std,
+            "stem_width": self.stem_width,
+            "stem_stride": self.stem_stride,
         }
         given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
         return replace(named, drop_path_rate=self.drop_path_rate, **given)
@@ -385,7 +391,7 @@ def _build_timm(config: VisionConfig) -> Any:
 
     name = config.vit_model.removeprefix(TIMM)
     _check_timm_name(name)
-    for key in ("norm_eps", "init_std"):
+    for key in ("norm_eps", "init_std", "stem_width", "stem_stride"):
         if getattr(config, key) is not None:
             raise ConfigError(f"model.vit.{key}: cannot be set for {config.vit_model}; leave it out")
     sizes: dict[str, Any] = {

@@ -316,9 +316,18 @@ def test_an_activation_that_blip_has_not_is_refused(tmp_path: Path) -> None:
         read_folder(tmp_path, ["BlipForQuestionAnswering"])
 
 
-def test_unequal_widths_have_no_counterpart_in_question_answering(vqa: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    ("vit", "reason"),
+    [
+        ({"width": 48}, "as wide as its text transformer; here they are 48 and 32"),
+        ({"stem_width": 4}, r"model\.vit\.stem_width: transformers' towers have no convolution"),
+    ],
+)
+def test_what_question_answering_has_not_in_transformers_is_refused(
+    vqa: tuple[Any, Any], vit: dict[str, int], reason: str
+) -> None:
     config = vqa[1].config
     cls = MODELS.get("blip_vqa")
-    values = asdict(config) | {"vit": asdict(config.vit) | {"width": 48}}
-    with pytest.raises(UsageError, match="as wide as its text transformer; here they are 48 and 32"):
+    values = asdict(config) | {"vit": asdict(config.vit) | vit}
+    with pytest.raises(UsageError, match=reason):
         to_model("blip_vqa", cls(typed_section(cls.config_class, {"test": values})))

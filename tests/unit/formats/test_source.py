@@ -210,6 +210,9 @@ def test_what_transformers_gets_of_a_model_is_that_model(retrieval: Path, tmp_pa
 def test_a_tower_that_transformers_has_not_is_not_exported() -> None:
     with pytest.raises(UsageError, match=r"an EVA tower \(eva_clip_g\), not vit_base"):
         blip.to_hf(blip.load_model("blip2", pretrained=False, vit_model="vit_base", **SMALL))
+    vit = {**SMALL["vit"], "stem_width": 4}
+    with pytest.raises(UsageError, match=r"model\.vit\.stem_width: transformers' towers have no convolution"):
+        blip.to_hf(blip.load_model("blip2", pretrained=False, **{**SMALL, "vit": vit}))
 
 
 def test_a_hub_id_means_what_the_cache_holds(retrieval: Path, tmp_path: Path) -> None:

@@ -272,6 +272,9 @@ def test_openai_names_become_ours() -> None:
         ({"image_size": 4}, "image_size"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"depth": 0}, "depth"),
+        ({"stem_width": -1}, "stem_width"),
+        ({"stem_width": 4, "stem_stride": 3}, "stem_stride"),
+        ({"stem_width": 4, "stem_stride": 0}, "stem_stride"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes: dict[str, float], key: str) -> None:
@@ -279,3 +282,23 @@ def test_sizes_that_do_not_fit_are_named(sizes: dict[str, float], key: str) -> N
     assert len(problems) == 1
     assert problems[0].startswith(f"{key}:")
     assert not small("vit_base").problems()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_stem_keeps_the_grid_of_patches(stride: int) -> None:
+    config = small("vit_base", stem_width=5, stem_stride=stride)
+    vit = Vit(config)
+    assert vit.patch_embed.stem[0].weight.shape == (5, 3, 2 * stride + 1, 2 * stride + 1)
+    assert vit.patch_embed.proj.weight.shape == (24, 5, 8 // stride, 8 // stride)
+    assert vit(image()).shape == (2, 17, 24)
+    # A pixel reaches the patches next to its own, and no others.
+    moved = image()
+    moved[:, :, 8:16, 15] += 1  # row 1, the right edge of column 1
+    near = (vit.patch_embed(moved) - vit.patch_embed(image())).abs().amax((0, 2)).reshape(4, 4) > 1e-6
+    assert near[1, 1]
+    assert near[1, 2]
+    assert not near[:, 0].any()
+    assert not near[3].any()
+    without = small("vit_base").problems() + small("vit_base", stem_stride=3).problems()
+    assert without == []
+    assert "patch_embed.stem" not in " ".join(Vit(small("vit_base")).state_dict())

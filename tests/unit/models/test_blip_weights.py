@@ -14,6 +14,7 @@ from blip.models.blip_pretrain import BlipPretrainConfig
 from blip.models.blip_retrieval import BlipRetrievalConfig
 from blip.models.blip_weights import PUBLISHED, adopt, blip_sizes
 from blip.models.med import DECODER_HAS
+from blip.models.vision import VisionConfig
 from blip.registry import MODELS
 from blip.weights import load_into
 from tests.reference.small_blip import MODELS as KINDS
@@ -192,6 +193,14 @@ def test_sizes_are_read_off_the_weights() -> None:
     assert not {"embed_dim", "queue_size"} & set(blip_sizes(state("pretrain"), BlipCaptionConfig).values)
     found, _ = blip_sizes(state("classification", num_classes=5, use_distill=False), BlipClassificationConfig)
     assert (found["num_classes"], found["use_distill"]) == (5, False)
+
+
+def test_a_stem_is_read_off_the_weights() -> None:
+    vit = {"patch_size": 8, "width": 12, "depth": 2, "mlp_dim": 20, "stem_width": 6, "stem_stride": 4}
+    tower = VisionConfig(vit_model="vit_base", heads=2, **vit)
+    found = blip_sizes(state("pretrain", vit=tower), BlipPretrainConfig).values
+    assert found["vit"] == vit
+    assert found["image_size"] == 16
 
 
 @pytest.mark.parametrize("share", DECODER_HAS)
