@@ -82,9 +82,8 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
     wanted = [(name, config.datasets[name], split) for split, names in splits.items() for name in names]
     on_all(lambda: require_files(wanted, config.run.data_root))
     task = TASKS.get(config.run.task)(config.run)
-    _check_monitor(
-        config, task, {name: None for split in config.run.valid_splits[:1] for name in splits[split]}
-    )
+    deciding = config.run.valid_splits[:1] if not config.run.evaluate else []
+    _check_monitor(config, task, {name: None for split in deciding for name in splits[split]})
     parallel = Parallel(config.run)
     tracker = Tracker(config)
     try:
@@ -104,7 +103,6 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
         }
         for data in (data for several in evaluations.values() for data in several):
             task.check_data(data)
-        deciding = config.run.valid_splits[:1] if not config.run.evaluate else []
         _check_monitor(config, task, {data.name: data for split in deciding for data in evaluations[split]})
         runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
         if config.run.evaluate and limit is None:
@@ -270,7 +268,7 @@ def _check_monitor(config: Config, task: Any, datasets: dict[str, Any]) -> None:
         datasets: of that evaluation, by name; None in place of one that has not been read yet.
     """
     monitor = config.run.monitor
-    if monitor is None or not datasets or config.run.evaluate or not task.scores():
+    if monitor is None or not datasets or not task.scores():
         return
     scores = {name: task.scores(data) for name, data in datasets.items()}
     several = len(scores) > 1
