@@ -7,6 +7,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ def execute(config: Config, dry: bool = False) -> None:
             with build_run(config) as runner:
                 runner.run()
             return
+        begun = begun_from(config, config.run.output_dir)
         with tempfile.TemporaryDirectory() as folder:
             place = replace(config.run, output_dir=folder, resume=None, tensorboard=False, wandb=None)
-            with build_run(replace(config, run=place), limit=config.run.batch_size_eval) as runner:
+            with build_run(replace(config, run=place), config.run.batch_size_eval, begun) as runner:
                 dry_run(runner)
     except RuntimeError as error:
         if dist.world_size() > 1 and "by peer" in str(error):
@@ -69,11 +71,12 @@ def execute(config: Config, dry: bool = False) -> None:
         dist.shutdown()
 
 
-def build_run(config: Config, limit: int | None = None) -> Runner:
+def build_run(config: Config, limit: int | None = None, begun: Path | None = None) -> Runner:
     """All parts of a run, wired; the caller has joined the process group. Missing files are found first.
 
     Args:
-        limit: samples of each evaluation set, all of them where None.
+        limit: for a dry run: samples of each evaluation set.
+        begun: for a dry run: the checkpoint that the real one would go on from.
 
     Raises:
         BlipError: something that the configuration names is missing, unreadable or does not fit.
@@ -87,7 +90,8 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
     parallel = Parallel(config.run)
     tracker = Tracker(config)
     try:
-        model = build_model(config, parallel.device)
+        begun = begun_from(config, tracker.folder) or begun
+        model = build_model(config, parallel.device, begun)
         task.check(model)
         if config.run.accum_mode == "cached" and not isinstance(model, Cacheable):
             raise ConfigError(
@@ -105,27 +109,54 @@ def build_run(config: Config, limit: int | None = None) -> Runner:
             task.check_data(data)
         _check_monitor(config, task, {data.name: data for split in deciding for data in evaluations[split]})
         runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
-        if config.run.evaluate and limit is None:
-            runner.progress.step = load_evaluated(config, model, runner.checkpoints)
+        if config.run.evaluate and (limit is None or begun is not None):
+            runner.progress.step = load_evaluated(config, model, begun)
             model.on_step(sys.maxsize)  # what is frozen on the way has been frozen by now
+        elif limit is not None and begun is not None:
+            log.info("%s", on_all(lambda: load_model(begun, model)).text())
     except BaseException:
         tracker.abandon()
         raise
     return runner
 
 
-def build_model(config: Config, device: torch.device) -> Any:
+def begun_from(config: Config, folder: str | Path | None) -> Path | None:
+    """The checkpoint that a run goes on from, or whose weights it evaluates; None: it begins.
+
+    Args:
+        config: `run.resume` names a checkpoint or, with `auto`, the newest one of the run folder; for an
+            evaluation the best one, if there is one.
+        folder: the run folder, if it is known.
+
+    Raises:
+        CheckpointError: there is none at the path that is named.
+    """
+    resume = config.run.resume
+    if resume is None or (resume == "auto" and folder is None):
+        return None
+    checkpoints = Checkpoints(Path(folder or ".").expanduser())
+    found = checkpoints.find(resume)
+    if found is not None and resume == "auto" and config.run.evaluate:
+        return checkpoints.best or found
+    return found
+
+
+def build_model(config: Config, device: torch.device, begun: Path | None = None) -> Any:
     """The model with the weights it starts from, on its device.
 
     Random weights depend on `run.seed` alone. A model starts from `init_from`, else `finetuned`, else
     `pretrained`; where none is given, its parts (tower, BERT) start from what is named for them.
+
+    Args:
+        begun: a checkpoint that is loaded later. Then only the frozen parts that it leaves out are loaded
+            here, so that a run can go on, or be evaluated, where its start weights are not at hand.
 
     Raises:
         CheckpointError: weights that are missing or do not fit.
     """
     keyed.seed_torch(config.run.seed, "init")
     model: Any = MODELS.get(config.model.arch)(config.model)
-    for line in on_all(lambda: _load_start(model, config)):
+    for line in on_all(lambda: _load_start(model, config, begun)):
         log.info("%s", line)
     for section in config.datasets.values():
         if section.vis_processor and section.text_processor:
@@ -148,8 +179,10 @@ def start_of(config: Config) -> str | None:
     return model.pretrained if model.load_pretrained and model.pretrained else None
 
 
-def _load_start(model: Any, config: Config) -> list[str]:
+def _load_start(model: Any, config: Config, begun: Path | None) -> list[str]:
     source, root = start_of(config), config.run.data_root
+    if begun is not None:
+        return model.load_frozen(list(read_state(begun)["frozen"]), root)
     if source is None:
         return model.load_parts(root)
     try:
@@ -162,19 +195,18 @@ def _load_start(model: Any, config: Config) -> list[str]:
         raise CheckpointError(f"model.{key}: {error}") from error
 
 
-def load_evaluated(config: Config, model: Any, checkpoints: Checkpoints) -> int:
+def load_evaluated(config: Config, model: Any, found: Path | None) -> int:
     """Put the weights that are to be evaluated into the model; returns the training step they are of.
 
-    `run.resume` names a checkpoint or, with `auto`, the best (else the newest) one of `run.output_dir`. With
-    `run.ema_decay` its averaged weights are meant, as in training.
+    With `run.ema_decay` a checkpoint's averaged weights are meant, as in training.
+
+    Args:
+        found: the checkpoint; None: the model has started from what is to be evaluated.
 
     Raises:
         CheckpointError: a checkpoint that does not fit, or has no averages where `run.ema_decay` is given.
         ConfigError: nothing says which weights.
     """
-    found = checkpoints.find(config.run.resume)
-    if found is not None and config.run.resume == "auto":
-        found = checkpoints.best or found
     if found is not None:
         log.info("%s", on_all(lambda: load_model(found, model)).text())
         if config.run.ema_decay is not None:  # evaluated as in training, and exported
