@@ -351,6 +351,17 @@ class EvalQuestions(EvalData):
         """The question's own candidates, as A-OKVQA has them; empty where it has none."""
         return _strings(self.record(index).get("choices"))
 
+    def correct_choice(self, index: int) -> str | None:
+        """The right one of the question's choices, whose number the record has; None where it is secret."""
+        record = self.record(index)
+        number, choices = record.get("correct_choice"), record.get("choices")
+        if isinstance(number, str) and number.isdecimal():  # of a table, whose cells are texts
+            number = int(number)
+        if not isinstance(choices, list) or not isinstance(number, int) or isinstance(number, bool):
+            return None
+        found = choices[number] if 0 <= number < len(choices) else None
+        return found if isinstance(found, str) else None
+
     def _annotation(self, index: int) -> dict[str, Any]:
         record = self.record(index)
         if self._official is None:

@@ -41,6 +41,7 @@ COLUMNS = {
     "text_output": ("text_output",),
     "prompt": ("prompt",),
     "choices": ("choices",),
+    "correct_choice": ("correct_choice", "correct_choice_idx"),
     "context": ("context",),
     "history": ("history",),
     "weight": ("weight",),

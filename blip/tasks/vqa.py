@@ -55,6 +55,10 @@ class QuestionData(Protocol):
         """The question's own candidates; empty where it has none."""
         ...
 
+    def correct_choice(self, index: int) -> str | None:
+        """The right one of them; None where it is secret."""
+        ...
+
     def instance_id(self, index: int) -> str:
         """Name of a question, for predictions and reports."""
         ...
@@ -186,8 +190,12 @@ class VisualQuestionAnswering(Task):
                 index = prediction["index"]
                 accuracy = self.accuracy(prediction["answer"], prediction["truth"])
                 own.add(accuracy, data.question_type(index), data.answer_type(index))
+        return self._means(own, self.monitor)
+
+    def _means(self, own: AnswerScores, name: str) -> dict[str, float]:
+        """Means over the answers of all ranks."""
         rows = [row for part in dist.gather_objects(own.rows) for row in part]
-        return AnswerScores(rows).means(self.monitor)
+        return AnswerScores(rows).means(name)
 
 
 @TASKS.register("gqa")
@@ -211,7 +219,8 @@ class GraphQuestionAnswering(VisualQuestionAnswering):
 class KnowledgeQuestionAnswering(VisualQuestionAnswering):
     """A-OKVQA: `acc` of direct answers in percent; an answer that three of ten people gave is right.
 
-    Where a question has choices, the most likely of them is its second answer; LAVIS leaves that one empty.
+    Where a question has choices, the most likely of them is its second answer, and `mc_acc` the percentage of
+    those that are the right choice; LAVIS leaves this second answer empty.
     """
 
     monitor: ClassVar[str] = "acc"
@@ -234,6 +243,18 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
             how |= {"answer_list": choices, "num_ans_candidates": len(choices)}
             found.append(model.predict_answers(own, **how)[0] if choices else None)
         return found
+
+    def _prediction(self, data: QuestionData, index: int, answer: str, choice: str | None) -> Prediction:
+        found, correct = super()._prediction(data, index, answer, choice), data.correct_choice(index)
+        if choice is not None and correct is not None:
+            found |= {"correct_choice": correct, "choice_right": choice == correct}
+        return found
+
+    def _metrics(self, data: QuestionData, predictions: list[Prediction]) -> dict[str, float]:
+        chosen = AnswerScores()
+        for prediction in (p for p in predictions if "choice_right" in p):
+            chosen.add(float(prediction["choice_right"]))
+        return super()._metrics(data, predictions) | self._means(chosen, "mc_acc")
 
     def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
         """The leaderboard's `{question_id: {direct_answer, multiple_choice}}`, where answers are secret."""

@@ -41,7 +41,8 @@ def questions(split: str) -> list[dict[str, Any]]:
 
 
 def choices(split: str) -> list[dict[str, Any]]:
-    more = {"choices": ["red", "blue"], **({"direct_answers": ["red"] * 10} if split == "val" else {})}
+    told = {"direct_answers": ["red"] * 10, "correct_choice_idx": 1}
+    more = {"choices": ["red", "blue"], **(told if split == "val" else {})}
     return [{**question, "question_id": f"q{i}", **more} for i, question in enumerate(questions(split))]
 
 
@@ -58,7 +59,7 @@ RECIPES: dict[str, tuple[Records, dict[str, set[str]], dict[str, Any]]] = {
     "nocaps_eval": (unwritten, {"val": CAPTIONED}, {"test": [{"image_id": 70 + i} for i in range(PICTURES)]}),
     "vqav2_eval": (questions, {}, {"test": [{"question_id": 500 + i} for i in range(PICTURES)]}),
     "okvqa_eval": (questions, {"test": {"overall"}}, {}),
-    "aokvqa_eval": (choices, {"val": {"acc"}}, {"test": {f"q{i}": {} for i in range(PICTURES)}}),
+    "aokvqa_eval": (choices, {"val": {"acc", "mc_acc"}}, {"test": {f"q{i}": {} for i in range(PICTURES)}}),
     "nlvr_eval": (sentences, {"val": {"acc"}, "test": {"acc"}}, {}),
 }
 """Recipe -> records of its data, scores by split, what the files for evaluation servers hold."""

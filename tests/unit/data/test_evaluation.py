@@ -179,11 +179,21 @@ QUESTIONS = [
         "question": "Where?",
         "answers": [{"answer": "here"}],
         "type": "place",
-        "choices": ["here"],
+        "choices": ["here", " ", "there"],
+        "correct_choice": 2,
     },
     {"image": "b.png", "question": "How many (exactly)?", "question_id": "x", "answer": 3},
     {"image": "b.png", "question": "Unanswered?", "question_id": 14},
 ]
+
+
+@pytest.mark.parametrize(
+    ("told", "correct"),
+    [(0, "a"), ("1", "b"), (True, None), (2, None), (-1, None), ("b", None), (None, None)],
+)
+def test_the_right_choice_is_told_by_its_number(folder: Path, told: Any, correct: str | None) -> None:
+    record = {"image": "a.png", "question": "what?", "choices": ["a", "b"], "correct_choice": told}
+    assert EvalQuestions("val", plain(folder, record), ASKED).correct_choice(0) == correct
 
 
 def test_questions_have_ids_types_and_the_answers_as_annotated(folder: Path) -> None:
@@ -191,7 +201,8 @@ def test_questions_have_ids_types_and_the_answers_as_annotated(folder: Path) -> 
     assert [data.question_id(i) for i in range(4)] == [11, 1, "x", 14]
     assert [data.answers(i) for i in range(4)] == [["cat", "cat", "dog"], ["here"], ["3"], []]
     assert [data.question_type(i) for i in range(4)] == ["", "place", "", ""]
-    assert [data.choices(i) for i in range(4)] == [[], ["here"], [], []]
+    assert [data.choices(i) for i in range(4)] == [[], ["here", "there"], [], []]
+    assert [data.correct_choice(i) for i in range(4)] == [None, "there", None, None]
     assert data.question(2) == "How many (exactly)?"
     assert data.answer_list == ["yes", "no"]
     (batch,) = EvalLoader(data, 4).batches()

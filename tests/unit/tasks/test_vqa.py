@@ -17,6 +17,7 @@ from tests.unit.tasks.conftest import CONTEXT, FakeData
 SAID = ["2", "red", "a dog", "yes", "left"]
 TRUTHS = [["two"], ["red"] * 2 + ["blue"] * 8, ["dog"] * 4 + ["cat"] * 6, [], ["right"]]
 CHOICES = [["1", "3"], [], ["a cat", "a bird"], ["yes", "no"], ["up"]]
+CORRECT = ["3", None, "a cat", None, "up"]
 TYPES = ["count", "color", "what", "is", "where"]
 
 
@@ -43,6 +44,9 @@ class Questions(FakeData):
 
     def choices(self, index: int) -> list[str]:
         return CHOICES[index]
+
+    def correct_choice(self, index: int) -> str | None:
+        return CORRECT[index]
 
 
 class Answerer:
@@ -183,6 +187,40 @@ def test_aokvqa_answers_by_itself_and_among_each_question_s_choices(monkeypatch:
         "502": {"multiple_choice": "a bird", "direct_answer": "a dog"},
         "503": {"multiple_choice": "no", "direct_answer": "yes"},
     }
+
+
+class LastChoice(Answerer):
+    """Takes the last of a question's own choices, and says of a whole batch what is in SAID."""
+
+    def predict_answers(self, samples: dict[str, Any], **how: Any) -> list[str]:
+        said = super().predict_answers(samples, **how)
+        return how["answer_list"][-1:] if how["answer_list"] in CHOICES[:3] + CHOICES[4:] else said
+
+
+def test_aokvqa_scores_choices_beside_direct_answers() -> None:
+    evaluation = task("aok_vqa").evaluate(LastChoice(), Questions(5), CONTEXT)
+    told = [(p.get("choice"), p.get("correct_choice"), p.get("choice_right")) for p in evaluation.predictions]
+    assert told[:3] == [("3", "3", True), (None, None, None), ("a bird", "a cat", False)]
+    assert told[3][1:] == (None, None)  # nobody knows which is right
+    assert told[4] == ("up", "up", True)
+    found = evaluation.metrics()
+    assert found["mc_acc"] == pytest.approx(100 * 2 / 3)
+    assert found["acc"] == pytest.approx(100 * (2 / 3) / 4)  # as without choices
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_has_the_score_of_all_choices(
+    world: int, on_ranks: Callable[[int, Callable[[], Any]], list[Any]]
+) -> None:
+    def score() -> dict[str, float]:
+        return task("aok_vqa").evaluate(LastChoice(), Questions(5), CONTEXT).metrics()
+
+    assert on_ranks(world, score) == [score()] * world
+
+
+def test_choices_that_are_secret_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Questions, "correct_choice", lambda self, index: None)
+    assert "mc_acc" not in task("aok_vqa").evaluate(LastChoice(), Questions(5), CONTEXT).metrics()
 
 
 def test_pictures_are_looked_at_once_for_all_choices() -> None:
