@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from blip import dist, keyed
-from blip.config.schema import Config
+from blip.config.files import tiny_recipe
+from blip.config.schema import Config, DatasetConfig
+from blip.data.catalog import CATALOG
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
-from blip.data.locate import available_splits, require_files
+from blip.data.locate import MissingData, available_splits, require_files
 from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
 from blip.data.sources import build_dataset
@@ -27,7 +29,7 @@ from blip.engine.recompute import apply_recompute
 from blip.engine.runner import Runner
 from blip.engine.together import on_all
 from blip.engine.tracker import Tracker
-from blip.errors import CheckpointError, ConfigError, TrainingError, hint
+from blip.errors import CheckpointError, ConfigError, DataError, TrainingError, hint
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
 from blip.weights import load_into
@@ -83,7 +85,7 @@ def build_run(config: Config, limit: int | None = None, begun: Path | None = Non
     """
     splits = _used_splits(config)
     wanted = [(name, config.datasets[name], split) for split, names in splits.items() for name in names]
-    on_all(lambda: require_files(wanted, config.run.data_root))
+    on_all(lambda: _require_files(config, wanted))
     task = TASKS.get(config.run.task)(config.run)
     deciding = config.run.valid_splits[:1] if not config.run.evaluate else []
     _check_monitor(config, task, {name: None for split in deciding for name in splits[split]})
@@ -285,6 +287,21 @@ def _dataset(config: Config, name: str, split: str, train: bool) -> Any:
             f" ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''}); set it to {len(classes)}"
         )
     return data
+
+
+def _require_files(config: Config, wanted: list[tuple[str, DatasetConfig, str]]) -> None:
+    """Raise where files are missing; the message names a recipe that needs none of them."""
+    try:
+        require_files(wanted, config.run.data_root)
+    except MissingData as error:
+        public = any(name in CATALOG and not CATALOG[name].embedded for name in error.names)
+        tiny = tiny_recipe(config.model.arch, config.run.task) if public else None
+        if tiny is None:
+            raise
+        train = "blip train " if config.run.evaluate else ""
+        raise DataError(
+            f"{error}; {train}--cfg tiny/{tiny} runs now, on what 'blip data make scenes' makes"
+        ) from error
 
 
 def _datasets_with(config: Config, split: str) -> list[str]:

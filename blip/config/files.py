@@ -64,6 +64,26 @@ def find_config(name: str) -> Recipe:
     raise ConfigError(f"--cfg {name}: no such file or recipe{_similar(wanted, recipes)}")
 
 
+def tiny_recipe(arch: str, task: str) -> str | None:
+    """Name of the shipped recipe in `tiny/` that is nearest to a model and task; None: none is near.
+
+    It has the same model, best with the same task, or else the same task with a model of the same family.
+    """
+    near: dict[str, int] = {}
+    for root in config_roots():
+        for path in sorted((root / "tiny").glob("*.yaml")):
+            try:
+                tree = read_yaml(path, path.name)
+                same_task, other = tree["run"]["task"] == task, str(tree["model"]["arch"])
+            except (ConfigError, KeyError, TypeError):
+                continue  # of the user's own, and unfinished
+            if other == arch:
+                near.setdefault(path.name, 2 + same_task)
+            elif same_task and other.partition("_")[0] == arch.partition("_")[0]:
+                near.setdefault(path.name, 1)
+    return max(near, key=lambda name: near[name], default=None)
+
+
 def config_roots() -> list[Path]:
     """Folders of recipes, first come first served: the working directory's, then the package's."""
     package = Path(str(importlib.resources.files("blip")))

@@ -330,7 +330,6 @@ def remedy(names: Iterable[str]) -> str:
     if real := [name for name, row in rows.items() if not row.embedded]:
         steps.append(
             f"run 'blip data prepare {' '.join(real)}', which says what to bring where, or set run.data_root"
-            f" (or {ROOT_VARIABLE}) to where it is; --cfg tiny/pretrain_stage1.yaml runs now, on what"
-            " 'blip data make scenes' makes"
+            f" (or {ROOT_VARIABLE}) to where it is"
         )
     return " and ".join(steps)

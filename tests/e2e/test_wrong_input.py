@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blip.evaluate import main as evaluate
 from blip.train import main
 from tests.e2e.conftest import Recipe
 from tests.e2e.runs import ROOT, Commands, write_recipe
@@ -251,6 +252,27 @@ def test_the_bare_recipe_without_its_data_says_how_to_go_on(commands: Commands, 
     )
     assert "set run.data_root (or BLIP_DATA)" in text
     assert "--cfg tiny/pretrain_stage1.yaml runs now, on what 'blip data make scenes' makes" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tiny"),
+    [
+        ("blip/caption_coco_ft", "tiny/blip_caption"),
+        ("blip/retrieval_flickr_ft", "tiny/blip_retrieval"),
+        ("blip/aokvqa_ft", "tiny/blip_vqa"),
+        ("blip/nlvr_ft", "tiny/blip_nlvr"),
+        ("blip/pretrain_14m", "tiny/blip_pretrain"),
+        ("blip/retrieval_msrvtt_eval", "tiny/blip_retrieval"),
+    ],
+)
+def test_a_recipe_without_its_data_names_the_tiny_one_of_its_kind(
+    recipe: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = f"run.data_root={tmp_path}"
+    command, start = (evaluate, "blip train ") if recipe.endswith("_eval") else (main, "")
+    assert command(["--cfg", recipe, root, f"run.output_dir={tmp_path / 'run'}"]) == 2
+    text = capsys.readouterr().err
+    assert text.endswith(f"; {start}--cfg {tiny}.yaml runs now, on what 'blip data make scenes' makes\n")
 
 
 def test_the_tiny_recipe_without_its_data_names_the_one_command(commands: Commands, tmp_path: Path) -> None:

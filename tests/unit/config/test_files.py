@@ -25,6 +25,33 @@ def shelves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("arch", "task", "name"),
+    [
+        ("blip2", "image_text_pretrain", "pretrain_stage1"),
+        ("blip2", "retrieval", "pretrain_stage1"),
+        ("blip_pretrain", "image_text_pretrain", "blip_pretrain"),
+        ("blip_caption", "captioning", "blip_caption"),
+        ("blip_retrieval", "retrieval", "blip_retrieval"),
+        ("blip_vqa", "vqa", "blip_vqa"),
+        ("blip_vqa", "aok_vqa", "blip_vqa"),
+        ("blip_nlvr", "multimodal_classification", "blip_nlvr"),
+        ("blip_classification", "multimodal_classification", "blip_nlvr"),
+        ("mine", "captioning", None),
+    ],
+)
+def test_the_tiny_recipe_of_a_model_is_of_its_kind(arch: str, task: str, name: str | None) -> None:
+    assert files.tiny_recipe(arch, task) == (None if name is None else f"{name}.yaml")
+
+
+def test_an_unfinished_recipe_is_no_tiny_one(shelves: Path) -> None:
+    mine = Path("configs/tiny")
+    mine.mkdir(parents=True)
+    for name, text in (("a", "run: {"), ("b", "model:"), ("c", "model: {arch: x}\nrun: {task: t}")):
+        (mine / f"{name}.yaml").write_text(text)
+    assert files.tiny_recipe("x", "t") == "c.yaml"
+
+
+@pytest.mark.parametrize(
     ("spelling", "name"),
     [
         ("pretrain_stage1", "blip2/pretrain_stage1"),  # a paper's recipe wins over tiny/

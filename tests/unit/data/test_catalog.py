@@ -59,12 +59,11 @@ def test_the_root_is_configured_or_from_the_environment_or_data(monkeypatch: pyt
 
 
 def test_the_remedy_is_one_command_for_all_that_is_missing() -> None:
-    tiny = ", which says what to bring where, or set run.data_root (or BLIP_DATA) to where it is; --cfg"
-    tiny += " tiny/pretrain_stage1.yaml runs now, on what 'blip data make scenes' makes"
+    more = ", which says what to bring where, or set run.data_root (or BLIP_DATA) to where it is"
     assert catalog.remedy(["mine"]) == ""
     assert catalog.remedy(["scenes_web", "scenes"]) == "run 'blip data make scenes'"
-    assert catalog.remedy(["coco_caption"]) == f"run 'blip data prepare coco_caption'{tiny}"
+    assert catalog.remedy(["coco_caption"]) == f"run 'blip data prepare coco_caption'{more}"
     assert (
         catalog.remedy(["vg_caption", "mine", "coco_caption", "vg_caption", "scenes"])
-        == f"run 'blip data make scenes' and run 'blip data prepare vg_caption coco_caption'{tiny}"
+        == f"run 'blip data make scenes' and run 'blip data prepare vg_caption coco_caption'{more}"
     )
