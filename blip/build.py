@@ -313,6 +313,8 @@ def _datasets_with(config: Config, split: str) -> list[str]:
 def _check_monitor(config: Config, task: Any, datasets: dict[str, Any]) -> None:
     """Raise ConfigError where the evaluation that is to decide the best checkpoint has no such metric.
 
+    Or where it has, but the worst checkpoint would be taken for the best.
+
     Args:
         datasets: of that evaluation, by name; None in place of one that has not been read yet.
     """
@@ -326,6 +328,10 @@ def _check_monitor(config: Config, task: Any, datasets: dict[str, Any]) -> None:
         where = f" on {' and '.join(scores)}" if any(data is not None for data in datasets.values()) else ""
         text = hint(monitor, known) if known else "; there is nothing to compare with"
         raise ConfigError(f"run.monitor: the evaluation{where} gives no {monitor!r}{text}")
+    if config.run.monitor_mode == "max" and task.less_is_better(monitor.rpartition("/")[2]):
+        raise ConfigError(
+            f"run.monitor_mode: max, but of {monitor!r} less is better; set run.monitor_mode=min"
+        )
 
 
 def _used_splits(config: Config) -> dict[str, list[str]]:

@@ -82,6 +82,10 @@ class Task:
         """
         return []
 
+    def less_is_better(self, score: str) -> bool:
+        """Whether a smaller value of a metric means a better model."""
+        return False
+
     def submission(self, data: Any, predictions: Sequence[Prediction]) -> Any:
         """What the benchmark's server takes, as JSON; None where all can be scored here.
 

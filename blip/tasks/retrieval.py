@@ -83,9 +83,17 @@ class Retrieval(Task):
     monitor: ClassVar[str] = "r_mean"
 
     def scores(self, data: Any = None) -> list[str]:
-        """Recalls; those of similarity alone have their own names where there are matching scores too."""
-        names = list(recalls_from_ranks(np.zeros(1), np.zeros(1)))
+        """Recalls; those of similarity alone have their own names where there are matching scores too.
+
+        Of videos, or where it is not known what the data is, median ranks too.
+        """
+        medians = data is None or getattr(data, "of_videos", False)
+        names = list(recalls_from_ranks(np.zeros(1), np.zeros(1), medians))
         return names + [f"itc_{name}" for name in names] if self.config.k_test else names
+
+    def less_is_better(self, score: str) -> bool:
+        """Median ranks: the best is 1."""
+        return score.endswith("_mdR")
 
     def evaluate(self, model: Any, data: RetrievalData, context: EvalContext) -> Evaluation:
         with context.autocast():

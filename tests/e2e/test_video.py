@@ -105,6 +105,21 @@ def test_retrieval_trains_on_videos_and_the_shipped_recipe_evaluates_it(
     assert "data:image/" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_median_rank_may_decide_the_best_checkpoint(
+    commands: Commands, videos: Path, tmp_path: Path
+) -> None:
+    decide = {"valid_splits": ["test"], "eval_freq": 1, "monitor": "img_mdR", "keep_last": 9}
+    made = recipe(tmp_path / "videos.yaml", videos, "msrvtt_retrieval", k_test=0, **decide)
+    start = ["--cfg", made, f"run.output_dir={tmp_path / 'run'}"]
+    refusal = commands(*start).refusal()
+    assert "run.monitor_mode: max, but of 'img_mdR' less is better; set run.monitor_mode=min" in refusal
+    ended = commands(*start, "run.monitor_mode=min")
+    assert ended.code == 0, ended.output
+    found = {line["step"]: line["img_mdR"] for line in lines(tmp_path / "run") if line["split"] == "test"}
+    best = (tmp_path / "run/checkpoints/best").resolve().name
+    assert best == f"step-{min(sorted(found), key=lambda step: found[step]):08d}"  # the first of equals
+
+
 @pytest.mark.multi
 def test_a_result_depends_neither_on_the_batch_size_nor_on_the_processes(
     commands: Commands, videos: Path, trained: Path, tmp_path: Path
