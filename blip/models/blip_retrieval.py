@@ -255,9 +255,15 @@ class BlipRetrieval(BlipModel):
     # Retrieval (tasks/retrieval.py)
 
     def retrieval_images(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Image features (B, 1, E), and the tower's states (B, P, D_image) for `rerank`."""
+        """Image features (B, 1, E), and the tower's states (B, P, D_image) for `rerank`.
+
+        Under autocast the states come in its type, in which the cross-attention reads them anyhow.
+        """
         states = self.image_states(batch)
-        return self.image_feats(states), states
+        kind, kept = states.device.type, states
+        if torch.is_autocast_enabled(kind) and states.dtype == torch.float32:
+            kept = states.to(torch.get_autocast_dtype(kind))
+        return self.image_feats(states), kept
 
     def retrieval_texts(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Text features (B, E)."""

@@ -126,6 +126,18 @@ def test_a_batch_of_one_keeps_its_dimensions() -> None:
     assert model.rerank(states, ids, mask).shape == (1, 1)
 
 
+def test_states_in_autocast_s_type_give_the_same_scores_bit_by_bit() -> None:
+    model, batch = small_blip("retrieval").eval().float(), global_batch(ROWS, ids=False)
+    batch["image"] = batch["image"].float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        full = model.image_states(batch)
+        feats, kept = model.retrieval_images(batch)
+        assert (full.dtype, kept.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(feats, model.image_feats(full))
+        texts = batch["text_ids"][None], batch["text_mask"][None]
+        assert torch.equal(model.rerank(kept, *texts), model.rerank(full, *texts))
+
+
 # Videos
 
 
