@@ -6,6 +6,7 @@ answer. Answers are generated, or a list of candidates is ranked by their likeli
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -218,20 +219,35 @@ class BlipVqa(BlipModel):
         return shortlist(self._logits(states[:, 0]), first_ids, count)
 
     def score_answers(self, keys: ImageKeys, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
-        """Negative summed losses (B, k) of k candidates for each of B questions; ids and mask (B, k, L)."""
+        """Negative summed losses (B, k) of k candidates for each of B questions.
+
+        Candidates of about the same length are scored together: a list's longest answer has several times the
+        tokens of most, which would otherwise be padding.
+
+        Args:
+            keys: of the questions; the candidates of one share them without a copy.
+            answer_ids: int64 (B, k, L), padding behind.
+            answer_mask: bool (B, k, L).
+        """
         num_rows, count = answer_ids.shape[:2]
+        lengths, order = answer_mask.sum(dim=2).sort(dim=1, stable=True)  # each question's shortest first
+        longest = lengths.amax(dim=0).tolist()
+        at_once, start = max(RANK_ROWS // num_rows, 1), 0
         parts = []
-        at_once = max(RANK_ROWS // num_rows, 1)
-        for start in range(0, count, at_once):
-            ids, mask = answer_ids[:, start : start + at_once], answer_mask[:, start : start + at_once]
-            copies = ids.shape[1]
+        while start < count:
+            width = longest[start]
+            end = min(bisect_right(longest, width), start + at_once)
+            some = order[:, start:end, None].expand(-1, -1, width)
+            ids, mask = (part[..., :width].gather(1, some) for part in (answer_ids, answer_mask))
             # Rows that look at one question are spread over copies of the batch: row r looks at r % B.
             flat_ids, flat_mask = ids.transpose(0, 1).flatten(0, 1), mask.transpose(0, 1).flatten(0, 1)
-            hidden = self.answer_decoder.decode(flat_ids, flat_mask, [(keys, copies)])
+            hidden = self.answer_decoder.decode(flat_ids, flat_mask, [(keys, end - start)])
             labels, smoothing = decoder_labels(flat_ids, flat_mask), self.config.label_smoothing
             scores = candidate_scores(self._logits(hidden[labels != -100]), labels, smoothing)
-            parts.append(scores.view(copies, num_rows).T)
-        return torch.cat(parts, dim=1).view(num_rows, count)
+            parts.append(scores.view(end - start, num_rows).T)
+            start = end
+        scores = torch.cat(parts, dim=1)
+        return torch.empty_like(scores).scatter_(1, order, scores)
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states, self.answer_decoder.embedding.word.weight)

@@ -184,6 +184,31 @@ def test_ranking_is_that_of_plain_loops(count: int, monkeypatch: pytest.MonkeyPa
                 torch.testing.assert_close(scores[row, place], wanted, atol=1e-8, rtol=1e-8)
 
 
+def test_one_long_candidate_does_not_make_the_others_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, rows = small_blip("vqa").eval(), questions(), 3
+    tokens = torch.tensor([2, 9, 1, 1, 2, 1])  # of each candidate's words
+    length = torch.arange(11)
+    ids = torch.randint(5, 20, (rows, 6, 11), generator=torch.Generator().manual_seed(0))
+    mask = (length < tokens[:, None] + 2).expand(rows, -1, -1)
+    decode, seen = model.answer_decoder.decode, []
+
+    def watched(text_ids: Tensor, text_mask: Tensor, images: Any) -> Tensor:
+        [(keys, copies)] = images
+        assert keys.rows == rows  # shared by the candidates of a question
+        assert len(text_ids) == rows * copies
+        seen.append((copies, text_ids.shape[1]))
+        return decode(text_ids, text_mask, images)
+
+    monkeypatch.setattr(model.answer_decoder, "decode", watched)
+    with torch.no_grad():
+        keys = model.question_keys(batch)
+        scores = model.score_answers(keys, ids, mask)
+        assert seen == [(3, 3), (2, 4), (1, 11)]
+        for i in range(6):
+            alone = model.score_answers(keys, ids[:, i : i + 1], mask[:, i : i + 1])
+            torch.testing.assert_close(scores[:, i : i + 1], alone, atol=1e-12, rtol=1e-12)
+
+
 def test_presets_are_lavis_recipes() -> None:
     for name in ("vqav2", "okvqa", "aokvqa"):
         assert BlipVqa.presets[name] == {"image_size": 480, "vit_drop_path_rate": 0.1}
