@@ -120,10 +120,11 @@ def is_lavis(tree: dict[str, Any]) -> bool:
 
 def weights(model_class: Any, model_type: str) -> dict[str, str]:
     """What LAVIS's model configuration names as `finetuned` and `pretrained`; its recipes leave it out."""
-    starts: dict[str, str] = getattr(model_class, "starts", {})
-    if model_type not in starts:
+    start, published = (getattr(model_class, name, {}).get(model_type) for name in ("starts", "published"))
+    if start is None:
         return {}
-    return {"finetuned": model_class.published[model_type], "pretrained": starts[model_type]}
+    tuned = {} if published in (None, start) else {"finetuned": published}
+    return {**tuned, "pretrained": start}
 
 
 def translate(tree: dict[str, Any], run_keys: Collection[str], model_keys: Collection[str]) -> Translation:

@@ -59,7 +59,7 @@ class BlipModel(nn.Module):
     published: ClassVar[dict[str, str]] = {}
     """Preset -> address of the weights that LAVIS publishes for it."""
     starts: ClassVar[dict[str, str]] = {}
-    """Preset -> address of the weights that LAVIS fine-tunes it from."""
+    """Preset -> address of what training starts from: `pretrained` of LAVIS's model configuration."""
     freezable: ClassVar[tuple[str, ...]] = ()
     """State-dict prefixes of parts that weight files may leave out; `load_frozen` fetches them."""
     replaceable: ClassVar[tuple[str, ...]] = ()

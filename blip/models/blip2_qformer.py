@@ -31,7 +31,7 @@ from blip.losses import NegativeSampler, at_least_float32, similarity
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
-from blip.models.blip2_weights import STAGE1_WEIGHTS, stage1_sizes
+from blip.models.blip2_weights import STAGE1_STARTS, STAGE1_WEIGHTS, stage1_sizes
 from blip.models.contrast import (
     Features,
     Negatives,
@@ -88,6 +88,7 @@ class Blip2Qformer(BlipModel):
         },
     }
     published = STAGE1_WEIGHTS
+    starts = STAGE1_STARTS
     freezable = ("vision.",)
     on_cpu: ClassVar = {"vit_precision": "fp32"}
     sizes_of = staticmethod(stage1_sizes)

@@ -20,6 +20,8 @@ STAGE1_WEIGHTS = {
     "coco": _LAVIS + "blip2_finetune_coco.pth",
 }
 """Preset -> address; the first two lack the tower, which was frozen."""
+STAGE1_STARTS = {**STAGE1_WEIGHTS, "coco": STAGE1_WEIGHTS["pretrain"]}
+"""Preset -> address of what LAVIS's model configurations name as `pretrained`."""
 
 TOWER = "vision.vit."
 _BLIP_TOWERS = ("vit_base", "vit_large")

@@ -241,6 +241,31 @@ def test_commands_print_a_file_of_lavis_and_say_what_is_missing(
     assert f"blip data prepare {next(iter(MEANING[name]['datasets']))}" in message
 
 
+BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+STAGE1 = FOLDER.parent / "pretrain_stage1.yaml"
+
+
+@pytest.mark.parametrize("arch", ["blip2", "blip2_feature_extractor", "blip2_image_text_matching"])
+@pytest.mark.parametrize(
+    ("model_type", "tuned", "pretrained"),
+    [
+        ("pretrain", None, "blip2_pretrained"),
+        ("pretrain_vitL", None, "blip2_pretrained_vitL"),
+        ("coco", "blip2_finetune_coco", "blip2_pretrained"),
+    ],
+)
+def test_stage_1_starts_where_lavis_s_model_configurations_say(
+    arch: str, model_type: str, tuned: str | None, pretrained: str
+) -> None:
+    given = [f"model.arch={arch}", f"model.model_type={model_type}"]
+    config = load_config(str(STAGE1), given, known_datasets=names())
+    assert config.model.finetuned == (tuned and f"{BLIP2}{tuned}.pth")
+    assert config.model.pretrained == f"{BLIP2}{pretrained}.pth"
+    assert start_of(config) == config.model.finetuned  # the file says load_pretrained: False
+    config = load_config(str(STAGE1), [*given, "model.load_pretrained=true", "model.load_finetuned=false"])
+    assert start_of(config) == f"{BLIP2}{pretrained}.pth"
+
+
 TRAINING = ("lr_sched", "init_lr", "min_lr", "warmup_lr", "warmup_steps", "lr_decay_rate", "weight_decay")
 TRAINING += ("max_epoch", "batch_size_train", "batch_size_eval")
 SCORING = ("k_test", "inference_method", "num_ans_candidates", "batch_size_eval")
