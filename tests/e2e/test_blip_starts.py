@@ -94,6 +94,7 @@ def test_a_run_that_has_begun_does_not_read_the_weights_it_started_from(
     sizes = {**SIZES, "vit_type": "base", "vit_grad_ckpt": False}
     model = MODELS.get("blip_caption").from_preset("base_coco", **sizes)
     more = [f"model.med={{{MED}}}", "model.pretrained=https://example.org/start.pth", "run.num_beams=1"]
+    more.append("model.vit.stem_width=0")  # as in SIZES, whatever the recipe has
     small = ["--cfg", "tiny/blip_caption.yaml", *options("scenes", data_root, folder), *more]
     env = {"TORCH_HOME": str(tmp_path / "torch")}
     message = commands(*small, env=env).refusal()
