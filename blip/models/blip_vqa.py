@@ -9,16 +9,18 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from blip.batch import Output
 from blip.errors import UsageError, hint
-from blip.layers.attention import ImageKeys
+from blip.layers.attention import ImageKeys, KeyValue
 from blip.layers.decoding import candidate_scores, shortlist
+from blip.layers.masks import causal_mask
 from blip.layers.text import LMHead, init_bert
+from blip.losses import at_least_float32
 from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip_config import BlipConfig
@@ -50,6 +52,20 @@ class BlipVqaConfig(BlipConfig):
     def problems(self) -> list[str]:
         """Values that cannot be used."""
         return super().problems() + self._within(0, 0.9, "label_smoothing")
+
+
+class Begun(NamedTuple):
+    """The decoder behind [DEC]."""
+
+    logits: Tensor
+    """(B, V) of the first token."""
+    cache: list[KeyValue]
+    """Self-attention keys and values of [DEC], a layer each."""
+
+    def first_scores(self, first_ids: Tensor, smoothing: float) -> Tensor:
+        """Negative losses (B, k) of first tokens, int64 (B, k), as `candidate_scores` has them."""
+        likely = at_least_float32(self.logits).log_softmax(dim=1)
+        return (1 - smoothing) * likely.gather(1, first_ids) + smoothing * likely.mean(dim=1, keepdim=True)
 
 
 @MODELS.register("blip_vqa")
@@ -206,29 +222,34 @@ class BlipVqa(BlipModel):
         """
         tokens = self.word_pieces(answer_list)
         ids, mask = tokens["text_ids"].to(self.device), tokens["text_mask"].to(self.device)
-        best = self.shortlist(keys, ids[:, 1], num_candidates)  # (B, k)
-        scores = self.score_answers(keys, ids[best], mask[best])
+        begun = self.begin_answers(keys)
+        best = shortlist(begun.logits, ids[:, 1], num_candidates)  # (B, k)
+        scores = self.score_answers(keys, begun, ids[best], mask[best])
         chosen = best.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0]
         return [answer_list[i] for i in chosen.tolist()]
 
-    def shortlist(self, keys: ImageKeys, first_ids: Tensor, count: int) -> Tensor:
-        """int64 (B, k): the candidates whose first tokens are most likely; `first_ids` int64 (N,)."""
-        start = first_ids.new_full((keys.rows, 1), self.answer_decoder.dec_id)
+    def begin_answers(self, keys: ImageKeys) -> Begun:
+        """What [DEC] says to each question: all that the first token of its answers depends on."""
+        start = torch.full((keys.rows, 1), self.answer_decoder.dec_id, device=self.device)
         once = torch.ones_like(start, dtype=torch.bool)[:, None, None]
-        states = self.answer_decoder(start, once, [(keys, 1)], "decode").states
-        return shortlist(self._logits(states[:, 0]), first_ids, count)
+        found = self.answer_decoder(start, once, [(keys, 1)], "decode")
+        return Begun(self._logits(found.states[:, 0]), found.cache)
 
-    def score_answers(self, keys: ImageKeys, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+    def score_answers(self, keys: ImageKeys, begun: Begun, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
         """Negative summed losses (B, k) of k candidates for each of B questions.
 
-        Candidates of about the same length are scored together: a list's longest answer has several times the
-        tokens of most, which would otherwise be padding.
+        The decoder reads what stands between a candidate's first and last token. Candidates of about the same
+        length go together: a list's longest answer has several times the tokens of most, which would
+        otherwise be padding.
 
         Args:
             keys: of the questions; the candidates of one share them without a copy.
+            begun: of the questions, likewise shared.
             answer_ids: int64 (B, k, L), padding behind.
             answer_mask: bool (B, k, L).
         """
+        smoothing = self.config.label_smoothing
+        first = begun.first_scores(answer_ids[..., 1], smoothing)
         num_rows, count = answer_ids.shape[:2]
         lengths, order = answer_mask.sum(dim=2).sort(dim=1, stable=True)  # each question's shortest first
         longest = lengths.amax(dim=0).tolist()
@@ -241,13 +262,23 @@ class BlipVqa(BlipModel):
             ids, mask = (part[..., :width].gather(1, some) for part in (answer_ids, answer_mask))
             # Rows that look at one question are spread over copies of the batch: row r looks at r % B.
             flat_ids, flat_mask = ids.transpose(0, 1).flatten(0, 1), mask.transpose(0, 1).flatten(0, 1)
-            hidden = self.answer_decoder.decode(flat_ids, flat_mask, [(keys, end - start)])
-            labels, smoothing = decoder_labels(flat_ids, flat_mask), self.config.label_smoothing
-            scores = candidate_scores(self._logits(hidden[labels != -100]), labels, smoothing)
+            scores = self._score_rest(keys, begun, flat_ids[:, 1:], flat_mask[:, 1:])
             parts.append(scores.view(end - start, num_rows).T)
             start = end
-        scores = torch.cat(parts, dim=1)
-        return torch.empty_like(scores).scatter_(1, order, scores)
+        rest = torch.cat(parts, dim=1)
+        return first + torch.empty_like(rest).scatter_(1, order, rest)
+
+    def _score_rest(self, keys: ImageKeys, begun: Begun, ids: Tensor, mask: Tensor) -> Tensor:
+        """Negative summed losses (R,) of all tokens but the first; ids and mask (R, T) begin with that."""
+        if ids.shape[1] == 1:  # answers without a word
+            return at_least_float32(begun.logits).new_zeros(len(ids))
+        copies = len(ids) // keys.rows
+        rows = torch.arange(keys.rows, device=ids.device).repeat(copies)
+        past = [kv.select(rows) for kv in begun.cache]
+        seen = causal_mask(mask[:, :-1], num_prefix=1)
+        hidden = self.answer_decoder(ids[:, :-1], seen, [(keys, copies)], "decode", past=past).states
+        labels = decoder_labels(ids, mask)
+        return candidate_scores(self._logits(hidden[labels != -100]), labels, self.config.label_smoothing)
 
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states, self.answer_decoder.embedding.word.weight)

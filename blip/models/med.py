@@ -237,25 +237,27 @@ class Med(nn.Module):
         images: list[tuple[ImageKeys, int]] | None = None,
         mode: Mode = "encode",
         first_only: bool = False,
+        past: list[KeyValue] | None = None,
     ) -> MedOutput:
         """One pass over text.
 
         Args:
             text_ids: int64 (R, T).
-            mask: bool, broadcastable to (R, 1, T, T), True = may attend.
+            mask: bool, broadcastable to (R, 1, T, S + T), True = may attend.
             images: keys of images and how many rows in a row look at each (`Segment`), or those of the first
                 and of the second images; None: text alone.
             mode: whose parameters.
             first_only: compute the last layer for the first token only.
+            past: self-attention keys and values of S tokens before these, a layer each; None: S is 0.
         """
-        hidden = self.embedding_of(mode)(text_ids)
+        hidden = self.embedding_of(mode)(text_ids, past[0].key.shape[2] if past else 0)
         cache = []
         for i, layer in enumerate(self.blocks()):
             segments = [keys.segment(i, copies) for keys, copies in images] if images else None
             own = layer.keys_values(hidden, mode)
             if first_only and i == len(self.layers) - 1:
                 hidden, mask = hidden[:, :1], mask[:, :, :1]
-            hidden = layer(hidden, own, mask, segments, mode)
+            hidden = layer(hidden, own.behind(past[i]) if past else own, mask, segments, mode)
             cache.append(own)
         return MedOutput(hidden, cache)
 

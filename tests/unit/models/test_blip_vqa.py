@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from blip.errors import UsageError
+from blip.layers.decoding import candidate_scores, shortlist
 from blip.models.blip_vqa import BlipVqa
 from blip.models.med import MedConfig
+from blip.models.narrate import decoder_labels
 from tests.reference import blip as reference
 from tests.reference.small_blip import SIZES, small_blip, texts
 from tests.reference.small_stage1 import assert_same, global_batch, gradients
@@ -168,8 +170,9 @@ def test_ranking_is_that_of_plain_loops(count: int, monkeypatch: pytest.MonkeyPa
     ids, mask = batch["answer_ids"], batch["answer_mask"]
     with torch.no_grad():
         keys = model.question_keys(batch)
-        best = model.shortlist(keys, ids[:, 1], count)
-        scores = model.score_answers(keys, ids[best], mask[best])
+        begun = model.begin_answers(keys)
+        best = shortlist(begun.logits, ids[:, 1], count)
+        scores = model.score_answers(keys, begun, ids[best], mask[best])
         states = model.vision(batch["image"])
         for row in range(3):
             seen = question_states(model, batch, row, states[row])
@@ -184,29 +187,31 @@ def test_ranking_is_that_of_plain_loops(count: int, monkeypatch: pytest.MonkeyPa
                 torch.testing.assert_close(scores[row, place], wanted, atol=1e-8, rtol=1e-8)
 
 
-def test_one_long_candidate_does_not_make_the_others_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_share_what_they_look_at_and_have_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, rows = small_blip("vqa").eval(), questions(), 3
-    tokens = torch.tensor([2, 9, 1, 1, 2, 1])  # of each candidate's words
-    length = torch.arange(11)
-    ids = torch.randint(5, 20, (rows, 6, 11), generator=torch.Generator().manual_seed(0))
-    mask = (length < tokens[:, None] + 2).expand(rows, -1, -1)
-    decode, seen = model.answer_decoder.decode, []
+    tokens = torch.tensor([2, 9, 1, 1, 2, 0, 1])  # of each candidate's words
+    ids = torch.randint(5, 20, (rows, len(tokens), 11), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(11) < tokens[:, None] + 2).expand(rows, -1, -1)
+    forward, seen = model.answer_decoder.forward, []
 
-    def watched(text_ids: Tensor, text_mask: Tensor, images: Any) -> Tensor:
+    def watched(text_ids: Tensor, mask: Tensor, images: Any, *how: Any, **more: Any) -> Any:
         [(keys, copies)] = images
-        assert keys.rows == rows  # shared by the candidates of a question
+        assert keys.rows == rows
         assert len(text_ids) == rows * copies
         seen.append((copies, text_ids.shape[1]))
-        return decode(text_ids, text_mask, images)
+        return forward(text_ids, mask, images, *how, **more)
 
-    monkeypatch.setattr(model.answer_decoder, "decode", watched)
     with torch.no_grad():
         keys = model.question_keys(batch)
-        scores = model.score_answers(keys, ids, mask)
-        assert seen == [(3, 3), (2, 4), (1, 11)]
-        for i in range(6):
-            alone = model.score_answers(keys, ids[:, i : i + 1], mask[:, i : i + 1])
-            torch.testing.assert_close(scores[:, i : i + 1], alone, atol=1e-12, rtol=1e-12)
+        whole = keys.select(torch.arange(rows).repeat_interleave(len(tokens)))
+        hidden = model.answer_decoder.decode(ids.flatten(0, 1), mask.flatten(0, 1), [(whole, 1)])
+        labels = decoder_labels(ids.flatten(0, 1), mask.flatten(0, 1))
+        words = model.answer_decoder.embedding.word.weight
+        wanted = candidate_scores(model.lm_head(hidden, words)[labels != -100], labels, 0.1)
+        monkeypatch.setattr(model.answer_decoder, "forward", watched)
+        scores = model.score_answers(keys, model.begin_answers(keys), ids, mask)
+    assert seen == [(1, 1), (3, 1), (2, 2), (1, 9)]  # copies, and tokens behind [DEC]
+    torch.testing.assert_close(scores, wanted.view(rows, -1), atol=1e-12, rtol=1e-12)
 
 
 def test_presets_are_lavis_recipes() -> None:
