@@ -86,7 +86,8 @@ class Retrieval(Task):
 
     BLIP with ViT-B at 384 pixels has 577 states of 768 numbers, so that COCO's 5,000 test pictures take
     8.9 GB in float32 and 4.4 GB under autocast, divided by the number of ranks; their 25,010 texts make
-    matrices of 0.5 GB. A video's states are those of all its frames: eight take 14 MB in float32.
+    matrices of 0.5 GB, several of which are there at once while recalls are counted. A video's states are
+    those of all its frames: eight take 14 MB in float32.
     """
 
     run_config_class = RetrievalRun
