@@ -57,6 +57,8 @@ class VitConfig:
     """How position embeddings are interpolated to another grid."""
     init_std: float = 0.02
     """Standard deviation of initial matrices and of [CLS] and position embeddings."""
+    pos_std: float | None = None
+    """Standard deviation of initial position embeddings; None: `init_std`."""
     depth_scaled_init: bool = False
     """Divide initial output projections of block k (from 1) by sqrt(2 k), as EVA does."""
 
@@ -407,7 +409,7 @@ class Vit(nn.Module):
     def _init_weights(self) -> None:
         # The patch embedding keeps torch's initial values, in BLIP as in EVA.
         nn.init.trunc_normal_(self.cls_token, std=self.config.init_std)
-        nn.init.trunc_normal_(self.pos_embed, std=self.config.init_std)
+        nn.init.trunc_normal_(self.pos_embed, std=self.config.pos_std or self.config.init_std)
         for k, block in enumerate(self.blocks, start=1):
             for part in block.modules():
                 if isinstance(part, nn.Linear):

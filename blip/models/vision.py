@@ -59,6 +59,8 @@ class VisionConfig(Section):
     """Epsilon of the LayerNorms; not for timm towers."""
     init_std: float | None = None
     """Standard deviation of initial matrices and position embeddings; not for timm towers."""
+    pos_std: float | None = None
+    """Standard deviation of initial position embeddings; null: `init_std`. Not for timm towers."""
     stem_width: int | None = None
     """Channels of a convolution before the patches, which no published tower has; not for timm towers."""
     stem_stride: int | None = None
@@ -81,8 +83,9 @@ class VisionConfig(Section):
         found += self._at_least(0, "checkpoint_last") + self._within(0, 0.99, "drop_path_rate")
         if self.norm_eps is not None and self.norm_eps <= 0:
             found.append(f"norm_eps: {self.norm_eps} is not above 0")
-        if self.init_std is not None and self.init_std <= 0:
-            found.append(f"init_std: {self.init_std} is not above 0")
+        for key in ("init_std", "pos_std"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                found.append(f"{key}: {getattr(self, key)} is not above 0")
         return found
 
     def size_problems(self) -> list[str]:
@@ -119,6 +122,7 @@ class VisionConfig(Section):
             "mlp_dim": self.mlp_dim or width * named.mlp_dim // named.width,
             "norm_eps": self.norm_eps,
             "init_std": self.init_std,
+            "pos_std": self.pos_std,
             "stem_width": self.stem_width,
             "stem_stride": self.stem_stride,
         }
@@ -391,7 +395,7 @@ def _build_timm(config: VisionConfig) -> Any:
 
     name = config.vit_model.removeprefix(TIMM)
     _check_timm_name(name)
-    for key in ("norm_eps", "init_std", "stem_width", "stem_stride"):
+    for key in ("norm_eps", "init_std", "pos_std", "stem_width", "stem_stride"):
         if getattr(config, key) is not None:
             raise ConfigError(f"model.vit.{key}: cannot be set for {config.vit_model}; leave it out")
     sizes: dict[str, Any] = {

@@ -12,7 +12,7 @@ from tests.e2e.runs import Commands, lines
 
 SMALL = [
     "model.image_size=32",
-    "model.vit={patch_size: 8, width: 32, depth: 2, heads: 2, mlp_dim: 64}",
+    "model.vit={patch_size: 8, width: 32, depth: 2, heads: 2, mlp_dim: 64, stem_width: 0}",
     "run.max_iters=2",
     "run.batch_size_train=8",
     "run.warmup_steps=1",

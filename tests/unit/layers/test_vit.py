@@ -302,3 +302,11 @@ def test_a_stem_keeps_the_grid_of_patches(stride: int) -> None:
     without = small("vit_base").problems() + small("vit_base", stem_stride=3).problems()
     assert without == []
     assert "patch_embed.stem" not in " ".join(Vit(small("vit_base")).state_dict())
+
+
+def test_positions_may_start_larger_than_matrices() -> None:
+    torch.manual_seed(0)
+    vit = Vit(small("vit_base", image_size=64, pos_std=0.5))
+    assert 0.45 < vit.pos_embed.std() < 0.55
+    assert 0.015 < vit.blocks[0].mlp.fc1.weight.std() < 0.025
+    assert Vit(small("vit_base", image_size=64)).pos_embed.std() < 0.03
