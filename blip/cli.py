@@ -64,7 +64,7 @@ def guard(action: Callable[[], int | None], debug: bool = False) -> int:
     except BlipError as error:
         if debug:
             traceback.print_exc()
-        print(f"{_prefix()}error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_USAGE
     except Stopped as stop:
         log.warning("%s", str(stop) or "stopped after saving")
@@ -72,7 +72,7 @@ def guard(action: Callable[[], int | None], debug: bool = False) -> int:
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        print(f"{_prefix()}interrupted before there was anything to save", file=sys.stderr)
+        _say("interrupted before there was anything to save")
         return EXIT_INTERRUPTED
 
 
@@ -149,6 +149,12 @@ def _run(
 def _rank() -> int:
     """The rank before the process group exists, and without importing torch."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _say(text: str) -> None:
+    """A line on stderr, in one piece: print would write the line break apart, behind what other ranks say."""
+    sys.stderr.write(f"{_prefix()}{text}\n")
+    sys.stderr.flush()
 
 
 def _prefix() -> str:
