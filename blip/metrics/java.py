@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -125,12 +126,10 @@ def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 def _send(process: subprocess.Popen[bytes], lines: Sequence[str]) -> None:
     assert process.stdin is not None
-    try:
+    with suppress(OSError):  # a process that has ended: the answers that are missing make the error
         for line in lines:
             process.stdin.write(line.encode("utf-8", errors="replace") + b"\n")
         process.stdin.flush()
-    except OSError:
-        pass  # it has ended; its answers say so
 
 
 def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
