@@ -106,6 +106,22 @@ def _web(folder: str, file: str, images: str, about: str) -> Row:
 _CLIPS = (
     "{}'s clips (.{}), or for each a folder of its name without the ending that holds its frames as pictures"
 )
+
+
+def _video_qa(name: str, ending: str, counts: str) -> Row:
+    """A set of questions about video clips, as LAVIS lays it out."""
+    folder = name.lower()
+    return Row(
+        kind="vqa",
+        splits={split: f"{folder}/annotations/qa_{split}.json" for split in _ALL},
+        images=f"{folder}/videos",
+        about=f"{name}-QA: {counts} questions about video clips, one answer each",
+        pictures=_CLIPS.format(name, ending),
+        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
+        answer_list=f"{folder}/annotations/qa_ans2label.json",
+    )
+
+
 CATALOG: dict[str, Row] = {
     "scenes": Row(
         kind="retrieval",
@@ -254,24 +270,8 @@ CATALOG: dict[str, Row] = {
         pictures=_CLIPS.format("MSRVTT", "mp4"),
         annotations="retrieval_train.json, _val.json, _test.json as LAVIS distributes them",
     ),
-    "msrvtt_qa": Row(
-        kind="vqa",
-        splits={split: f"msrvtt/annotations/qa_{split}.json" for split in _ALL},
-        images="msrvtt/videos",
-        about="MSRVTT-QA: 158,581 / 12,278 / 72,821 questions about video clips, one answer each",
-        pictures=_CLIPS.format("MSRVTT", "mp4"),
-        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
-        answer_list="msrvtt/annotations/qa_ans2label.json",
-    ),
-    "msvd_qa": Row(
-        kind="vqa",
-        splits={split: f"msvd/annotations/qa_{split}.json" for split in _ALL},
-        images="msvd/videos",
-        about="MSVD-QA: 30,933 / 6,415 / 13,157 questions about video clips, one answer each",
-        pictures=_CLIPS.format("MSVD", "avi"),
-        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
-        answer_list="msvd/annotations/qa_ans2label.json",
-    ),
+    "msrvtt_qa": _video_qa("MSRVTT", "mp4", "158,581 / 12,278 / 72,821"),
+    "msvd_qa": _video_qa("MSVD", "avi", "30,933 / 6,415 / 13,157"),
     "conceptual_caption_3m": _web(
         "conceptual_caption", "cc3m", "images", "Conceptual Captions: 3 million web pictures, one text each"
     ),

@@ -46,7 +46,7 @@ class VitConfig:
     patch_bias: bool = True
     """Bias in the patch embedding."""
     stem_width: int = 0
-    """Channels of a convolution and activation before the patches; 0: none, as in all published towers."""
+    """Channels of a convolution, with `act`, before the patches; 0: none, as in all published towers."""
     stem_stride: int = 2
     """Stride of that convolution, in pixels; its kernel is 2 * stride + 1 wide."""
     pre_norm: bool = False
@@ -296,15 +296,16 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         channels, size, stride = config.stem_width or 3, config.patch_size, config.stem_stride
-        self.stem: nn.Module = nn.Identity()
+        self.stem: nn.Conv2d | None = None
         if config.stem_width:
             size //= stride
-            convolution = nn.Conv2d(3, channels, kernel_size=2 * stride + 1, stride=stride, padding=stride)
-            self.stem = nn.Sequential(convolution, nn.GELU())
+            self.stem = nn.Conv2d(3, channels, kernel_size=2 * stride + 1, stride=stride, padding=stride)
+        self.act = _ACTIVATIONS[config.act]
         self.proj = nn.Conv2d(channels, config.width, kernel_size=size, stride=size, bias=config.patch_bias)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.proj(self.stem(image)).flatten(2).transpose(1, 2)
+        hidden = image if self.stem is None else self.act(self.stem(image))
+        return self.proj(hidden).flatten(2).transpose(1, 2)
 
 
 class VitAttention(nn.Module):

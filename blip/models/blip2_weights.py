@@ -86,7 +86,7 @@ def _tower(tensors: Mapping[str, Tensor], values: dict[str, Any], unknown: list[
         "depth": len(_numbers(tensors, r"vision\.vit\.blocks\.(\d+)\.norm1\.weight")),
         "mlp_dim": named.mlp_dim if expand is None else len(expand),
     }
-    stem = tensors.get(f"{TOWER}patch_embed.stem.0.weight")
+    stem = tensors.get(f"{TOWER}patch_embed.stem.weight")
     if stem is not None:
         stride = stem.shape[-1] // 2
         sizes |= {"stem_width": len(stem), "stem_stride": stride, "patch_size": patch_size * stride}

@@ -288,7 +288,7 @@ def test_sizes_that_do_not_fit_are_named(sizes: dict[str, float], key: str) -> N
 def test_a_stem_keeps_the_grid_of_patches(stride: int) -> None:
     config = small("vit_base", stem_width=5, stem_stride=stride)
     vit = Vit(config)
-    assert vit.patch_embed.stem[0].weight.shape == (5, 3, 2 * stride + 1, 2 * stride + 1)
+    assert vit.patch_embed.stem.weight.shape == (5, 3, 2 * stride + 1, 2 * stride + 1)
     assert vit.patch_embed.proj.weight.shape == (24, 5, 8 // stride, 8 // stride)
     assert vit(image()).shape == (2, 17, 24)
     # A pixel reaches the patches next to its own, and no others.
@@ -299,6 +299,9 @@ def test_a_stem_keeps_the_grid_of_patches(stride: int) -> None:
     assert near[1, 2]
     assert not near[:, 0].any()
     assert not near[3].any()
+    sharp = Vit(small("vit_base", stem_width=5, stem_stride=stride, act="quick_gelu"))
+    sharp.load_state_dict(vit.state_dict())
+    assert not torch.equal(sharp.patch_embed(image()), vit.patch_embed(image()))
     without = small("vit_base").problems() + small("vit_base", stem_stride=3).problems()
     assert without == []
     assert "patch_embed.stem" not in " ".join(Vit(small("vit_base")).state_dict())
