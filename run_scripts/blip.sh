@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# BLIP from pre-training to scores on the embedded pictures, some 50 minutes on two CPU cores: pre-trains, then starts
-# captioning, retrieval, question answering and sentences about two pictures from that run, and prints all scores.
+# BLIP from pre-training to scores on the embedded pictures, some 50 minutes on two CPU cores: pre-trains, starts
+# captioning and retrieval from that run, question answering from captioning, sentences about two pictures from question
+# answering, and prints all scores.
 #
 #   bash run_scripts/blip.sh [--output FOLDER] [--data FOLDER] [key=value ...]
 #
@@ -73,9 +74,10 @@ stage() {
 
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
 stage pretrain
-for task in caption retrieval vqa nlvr; do
-  stage "$task" model.init_from="$output/pretrain"
-done
+stage caption model.init_from="$output/pretrain"
+stage retrieval model.init_from="$output/pretrain"
+stage vqa model.init_from="$output/caption"
+stage nlvr model.init_from="$output/vqa"
 
 "$python" - "$output" <<'PY'
 import json, pathlib, sys

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -85,13 +84,17 @@ def decode(path: str | Path, choose: Choose) -> list[Image.Image]:
 @functools.cache
 def installed_reader() -> str | None:
     """`torchcodec` or `av`, whichever is installed and works; None: neither."""
-    for module in ("torchcodec.decoders", "av"):
-        try:
-            importlib.import_module(module)
-        except (ImportError, RuntimeError, OSError):  # torchcodec raises the last two where FFmpeg is missing
-            continue
-        return module.partition(".")[0]
-    return None
+    try:
+        import torchcodec.decoders
+    except (ImportError, RuntimeError, OSError):  # it raises the last two where FFmpeg is missing
+        pass
+    else:
+        return "torchcodec" if torchcodec.decoders else None
+    try:
+        import av
+    except (ImportError, OSError):
+        return None
+    return "av" if av else None
 
 
 def _by_torchcodec(path: str, choose: Choose) -> list[Image.Image]:

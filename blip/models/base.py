@@ -186,8 +186,17 @@ class BlipModel(nn.Module):
         return []
 
     def on_step(self, step: int) -> bool:
-        """Told before optimizer step `step` (from 0); True if the set of trainable parameters changed."""
-        return False
+        """Told before optimizer step `step` (from 0); True if the set of trainable parameters changed.
+
+        Freezes the tower, and a twin's, once it has been trained for as long as its configuration says.
+        """
+        tower = self.vision.config
+        if not tower.freeze or step < tower.train_steps or self.vision.frozen:
+            return False
+        for part in self.modules():
+            if isinstance(part, VisionTower):
+                part.freeze()
+        return True
 
     def idle_parameters(self) -> bool:
         """Whether parameters that train get no gradient at present, so that DDP has to look for them."""

@@ -19,6 +19,7 @@ BESIDE = {
     "drop_path_rate": "drop_path_rate",
     "precision": "vit_precision",
     "freeze": "freeze_vit",
+    "train_steps": "vit_train_steps",
     "init_from": "vit_init_from",
 }
 """Keys of the tower's section -> the model's keys, which decide in their place."""
@@ -127,7 +128,8 @@ class Blip2QformerConfig(ModelConfig):
             image_size=self.image_size,
             drop_path_rate=self.drop_path_rate,
             precision=self.vit_precision if self.freeze_vit else "fp32",
-            freeze=self.freeze_vit and self.vit_train_steps == 0,
+            freeze=self.freeze_vit,
+            train_steps=self.vit_train_steps,
             init_from=self.vit_init_from,
         )
 

@@ -301,14 +301,6 @@ class Blip2Qformer(BlipModel):
 
     # Freezing, checkpoints, optimizer
 
-    def on_step(self, step: int) -> bool:
-        """Freeze the tower once it has been trained for `vit_train_steps`."""
-        due = self.config.freeze_vit and step >= self.config.vit_train_steps
-        if due and not self.vision.frozen:
-            self.vision.freeze()
-            return True
-        return False
-
     def after_step(self, outputs: Sequence[Output]) -> None:
         """Keep the temperature above its bound, where there is one."""
         if self.config.min_temp:

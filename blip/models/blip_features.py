@@ -82,7 +82,7 @@ class BlipFeatureExtractor(BlipModel):
         if mode not in MODES:
             raise UsageError(f"extract_features: unknown mode {mode!r}{hint(mode, MODES)}")
         if mode == "image":
-            states = self.image_states(samples)
+            states = at_least_float32(self.image_states(samples))
             return Output(image_embeds=states, image_embeds_proj=_unit(self.vision_proj(states)))
         samples = self.with_text(samples, self.config.med.max_positions)
         ids, mask = samples["text_ids"], samples["text_mask"]
@@ -143,7 +143,7 @@ class BlipImageTextMatching(BlipFeatureExtractor):
         if match_head == "itm":
             return self.itm_logits([(self.text.image_keys(states), 1)], ids, mask)
         text = self.text.unimodal(ids, mask, first_only=True)
-        return _unit(self.vision_proj(states[:, 0])) @ _unit(self.text_proj(text[:, 0])).T
+        return _unit(self.vision_proj(at_least_float32(states[:, 0]))) @ _unit(self.text_proj(text[:, 0])).T
 
     def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
         """(B,) raw matching logits of aligned pairs.

@@ -159,7 +159,7 @@ class BlipRetrieval(BlipModel):
         """
         proj = self.vision_proj if proj is None else proj
         frames = states.unflatten(1, (-1, self.vision.num_tokens))[:, :, 0]  # (B, F, D_image)
-        return F.normalize(at_least_float32(proj(frames)).mean(dim=1, keepdim=True), dim=-1)
+        return F.normalize(at_least_float32(proj(at_least_float32(frames))).mean(dim=1, keepdim=True), dim=-1)
 
     def text_feats(self, batch: dict[str, Any]) -> Tensor:
         """(B, E), unit norm, from [CLS]."""

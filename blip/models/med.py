@@ -22,6 +22,7 @@ from blip.layers.attention import Attention, ImageKeys, KeyValue, PairAttention,
 from blip.layers.cache import TokenCache
 from blip.layers.masks import causal_mask, padding_mask
 from blip.layers.text import FeedForward, TextEmbedding, init_bert
+from blip.losses import at_least_float32
 from blip.models.bert_init import BertConfig, BertParts
 from blip.models.narrate import decoder_input
 
@@ -194,6 +195,7 @@ class Med(nn.Module):
         """
         parts = [layer.part("cross_attn", mode) for layer in self.blocks()]
         looks: list[Any] = [part.looks[which] if isinstance(part, PairAttention) else part for part in parts]
+        image_embeds = at_least_float32(image_embeds)  # a frozen tower's may be half as long
         return ImageKeys([look.keys_values(image_embeds) for look in looks], mask)
 
     def shares_image_keys(self) -> bool:

@@ -68,7 +68,9 @@ class VisionConfig(Section):
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Linear and convolution weights while the tower is frozen; the rest stays fp32."""
     freeze: bool = False
-    """Start frozen: no gradient, eval mode, `precision`."""
+    """Keep the tower's weights as they are: no gradient, eval mode, `precision`."""
+    train_steps: int = 0
+    """Optimizer steps for which a tower that is to be frozen is trained first; 0: frozen from the start."""
     init_from: str | None = None
     """A safetensors or .pth file (as given, else below the data root), or `timm` / `timm/<name>` for timm's
     pretrained weights; null = random."""
@@ -80,12 +82,14 @@ class VisionConfig(Section):
     def problems(self) -> list[str]:
         """Values that no tower can have; `size_problems` knows the named one."""
         found = self._at_least(1, "image_size", "patch_size", "width", "depth", "heads", "mlp_dim")
-        found += self._at_least(0, "checkpoint_last") + self._within(0, 0.99, "drop_path_rate")
+        found += self._at_least(0, "checkpoint_last", "train_steps") + self._within(0, 0.99, "drop_path_rate")
         if self.norm_eps is not None and self.norm_eps <= 0:
             found.append(f"norm_eps: {self.norm_eps} is not above 0")
         for key in ("init_std", "pos_std"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 found.append(f"{key}: {getattr(self, key)} is not above 0")
+        if self.train_steps and not self.freeze:
+            found.append("train_steps: only for a tower that is frozen afterwards; set freeze: true, or 0")
         return found
 
     def size_problems(self) -> list[str]:
@@ -162,7 +166,7 @@ class VisionTower(nn.Module):
         self.frozen = False
         self.loaded_from: str | None = None
         """What `load_initial` has loaded, as the configuration names it."""
-        if config.freeze:
+        if config.freeze and not config.train_steps:
             self.freeze()
 
     @property

@@ -105,10 +105,11 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(bin_folder: Pat
     assert table == [[name, "7", "acc", "62.50"] for name in STAGES]
     assert "question_type" not in done.stdout
     made = ["-m blip.data make scenes --train 64"]
-    start = f"model.init_from={output / 'pretrain'} "
+    starts = {"caption": "pretrain", "retrieval": "pretrain", "vqa": "caption", "nlvr": "vqa"}
     trained = [
-        f"-m blip.train --cfg tiny/blip_{name}.yaml {start * (name != 'pretrain')}run.max_iters=7 run.seed=1"
-        f" run.log_freq=1 run.output_dir={output / name} run.resume=auto"
+        f"-m blip.train --cfg tiny/blip_{name}.yaml "
+        + (f"model.init_from={output / starts[name]} " if name in starts else "")
+        + f"run.max_iters=7 run.seed=1 run.log_freq=1 run.output_dir={output / name} run.resume=auto"
         for name in STAGES
     ]
     assert calls.read_text().splitlines() == made + trained[:4] + made + trained[3:]

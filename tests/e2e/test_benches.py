@@ -1,0 +1,47 @@
+"""The benchmarks at their small size, by command: they run, agree and report; no figure is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--size", "small", "--batch", "4")
+
+
+def bench(name: str, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, f"run_scripts/bench/{name}.py", *SMALL, *options],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["stage1", "blip_pretrain"])
+def test_a_training_step_beside_the_straightforward_one(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    told = bench(name, "--steps", "2", "--warmup", "1", "--json", str(file))
+    assert "samples/s" in told
+    figures = json.loads(file.read_text())
+    assert figures["equal_losses"]
+    assert figures["flops"]["lean"] < figures["flops"]["straightforward"]
+    rows = figures["rows"]
+    assert [row["title"] for row in rows] == ["straightforward fp32", "blip fp32"]
+    # After two steps of AdamW the weights, too, must have gone the same way.
+    assert rows[0]["last_losses"] == pytest.approx(rows[1]["last_losses"], rel=1e-5)
+    assert rows[0]["last_losses"] != pytest.approx(rows[0]["first_losses"], rel=1e-3)
+
+
+def test_generation_beside_transformers() -> None:
+    told = bench("generate", "--repeats", "1", "--max-length", "12")
+    assert "ids identical" in told
