@@ -195,7 +195,8 @@ class Med(nn.Module):
         """
         parts = [layer.part("cross_attn", mode) for layer in self.blocks()]
         looks: list[Any] = [part.looks[which] if isinstance(part, PairAttention) else part for part in parts]
-        image_embeds = at_least_float32(image_embeds)  # a frozen tower's may be half as long
+        if not torch.is_autocast_enabled(image_embeds.device.type):  # which would cast back in every layer
+            image_embeds = at_least_float32(image_embeds)  # a frozen tower's may be half as long
         return ImageKeys([look.keys_values(image_embeds) for look in looks], mask)
 
     def shares_image_keys(self) -> bool:
