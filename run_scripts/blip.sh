@@ -8,8 +8,9 @@
 # Stopped or failed, the same line goes on where it was; what is finished is kept. key=value goes to every stage.
 #
 # BLIP_OUTPUT: the runs' folder (output/blip-tiny). BLIP_DATA: where the pictures go (data). BLIP_OPTIONS: more key=value,
-# with blanks between them. BLIP_SCENES: options of `blip data make scenes`, such as "--train 500". BLIP_PYTHON: a
-# Python that has blip; without it an environment is made in BLIP_VENV (.venv).
+# with blanks between them. BLIP_SCENES: options of `blip data make scenes`, such as "--train 500". BLIP_PROCESSES: how
+# many share the work of a step (2 on a CPU of two cores or more, where two with a thread each are faster than one with
+# two; else 1). BLIP_PYTHON: a Python that has blip; without it an environment is made in BLIP_VENV (.venv).
 set -euo pipefail
 
 usage() {
@@ -59,17 +60,34 @@ elif [ "$given" != "$(cat "$output/options")" ]; then
   exit 2
 fi
 
+cores=$(nproc)
+processes=${BLIP_PROCESSES:-}
+if [ -z "$processes" ]; then
+  processes=1
+  [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null || processes=2
+fi
+if [ "$processes" -gt 1 ]; then
+  launch=(-m torch.distributed.run --standalone --nproc_per_node="$processes" -m blip.train)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + processes - 1) / processes))}
+else
+  launch=(-m blip.train)
+fi
+
 # stage NAME [key=value ...]: train by tiny/blip_NAME.yaml, which ends with the scores of the test pictures.
 stage() {
-  local name=$1 folder=$output/$1
+  local name=$1 folder=$output/$1 batch share=()
   shift
   if [ -f "$folder/report.html" ] && [ -f "$folder/model/model.safetensors" ]; then
     echo "== $name: finished before"
     return
   fi
   echo "== $name"
-  "$python" -m blip.train --cfg "tiny/blip_$name.yaml" "$@" ${options[@]+"${options[@]}"} \
-    run.output_dir="$folder" run.resume=auto
+  if [ "$processes" -gt 1 ]; then # the batch of a recipe, in parts
+    batch=$(sed -n 's/^  batch_size_train: \([0-9]*\).*/\1/p' "configs/tiny/blip_$name.yaml")
+    share=(run.batch_size_train=$((batch / processes)))
+  fi
+  "$python" "${launch[@]}" --cfg "tiny/blip_$name.yaml" ${share[@]+"${share[@]}"} "$@" \
+    ${options[@]+"${options[@]}"} run.output_dir="$folder" run.resume=auto
 }
 
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}

@@ -206,6 +206,14 @@ class PairAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = dropout
 
+    @torch.no_grad()
+    def merge_as_mean(self) -> None:
+        """Set the matrix to average what the two see, as the layers without one do."""
+        if self.merge is not None:
+            half = torch.eye(self.merge.out_features) / 2
+            self.merge.weight.copy_(torch.cat([half, half], dim=1))
+            self.merge.bias.zero_()
+
     def forward(self, hidden: Tensor, sources: list[Segment]) -> Tensor:
         first, second = (look(hidden, [source]) for look, source in zip(self.looks, sources, strict=True))
         both = torch.cat([first, second], dim=-1)

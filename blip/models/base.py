@@ -196,6 +196,9 @@ class BlipModel(nn.Module):
         for part in self.modules():
             if isinstance(part, VisionTower):
                 part.freeze()
+                if part is not self.vision and tower.precision != "fp32":
+                    # Rounding would swallow the small steps by which a twin follows.
+                    part.load_state_dict(self.vision.state_dict())
         return True
 
     def idle_parameters(self) -> bool:

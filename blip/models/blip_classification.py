@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -172,6 +172,9 @@ class BlipNlvrConfig(BlipClassificationConfig):
     """Classes."""
     use_distill: bool = False
     """Mix the targets with the opinion of a momentum twin."""
+    merge_init: Literal["random", "mean"] = "random"
+    """How the matrices that join what is seen of the two images start: random, as in BLIP, or averaging, with
+    which a pre-trained text transformer begins with what it has learned."""
 
 
 @MODELS.register("blip_nlvr")
@@ -184,10 +187,18 @@ class BlipNlvr(BlipClassification):
     """
 
     config_class = BlipNlvrConfig
+    config: BlipNlvrConfig
     presets: ClassVar = {"nlvr": {"image_size": 384}}
     published: ClassVar = PUBLISHED["blip_nlvr"]
     starts: ClassVar = STARTS["blip_nlvr"]
     num_images = 2
+
+    def _text(self) -> Med:
+        text = super()._text()
+        if self.config.merge_init == "mean":
+            for layer in text.blocks():
+                layer.part("cross_attn", "encode").merge_as_mean()
+        return text
 
     def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:
         states = vision(torch.cat([batch["image0"], batch["image1"]]))

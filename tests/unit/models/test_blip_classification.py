@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from blip.models.blip_classification import BlipNlvr
 from tests.reference import blip as reference
 from tests.reference.small_blip import small_blip
 from tests.reference.small_stage1 import assert_same, global_batch, gradients, part_of
@@ -137,3 +139,17 @@ def test_a_twin_that_weights_lack_is_a_copy() -> None:
     state = model.state_dict()
     assert_same({n: state[n] for n in lacking}, {n: state[n.removeprefix("twin.")] for n in lacking}, 0.0)
     assert small_blip("nlvr").replace([]) == []
+
+
+def test_pairs_may_begin_with_the_mean_of_what_is_seen() -> None:
+    """Also in the twin."""
+    config = replace(small_blip("nlvr").config, merge_init="mean", use_distill=True)
+    model = BlipNlvr(config)
+    matrices = [(n, p) for n, p in model.named_parameters() if "cross_attn.merge.weight" in n]
+    assert [name.startswith("twin.") for name, _ in matrices] == [False, True]
+    for name, matrix in matrices:
+        first, second = torch.randn(2, 3, len(matrix))
+        assert torch.equal(torch.cat([first, second], dim=1) @ matrix.T, (first + second) / 2)
+        assert not model.get_parameter(name.replace("weight", "bias")).any()
+    plain = dict(BlipNlvr(replace(config, merge_init="random")).named_parameters())
+    assert not torch.equal(plain[matrices[0][0]], matrices[0][1])
