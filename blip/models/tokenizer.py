@@ -62,13 +62,10 @@ class WordPieces:
             encoded = [
                 ids if len(ids) <= max_length else [*ids[: max_length - 1], self.sep_id] for ids in encoded
             ]
-        longest = max(len(ids) for ids in encoded)
-        ids = torch.full((len(texts), longest), self.pad_id)
-        mask = torch.zeros(len(texts), longest, dtype=torch.bool)
-        for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = True
-        return {"text_ids": ids, "text_mask": mask}
+        lengths = torch.tensor([len(ids) for ids in encoded])
+        longest = int(lengths.max())
+        padded = torch.tensor([ids + [self.pad_id] * (longest - len(ids)) for ids in encoded])
+        return {"text_ids": padded, "text_mask": torch.arange(longest) < lengths[:, None]}
 
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of (B, T) ids, without special tokens."""

@@ -61,7 +61,7 @@ class ImageProcessor(ABC):
 
     def norm(self) -> Tensor:
         """float32 (2, 3): mean and std in units of [0, 1], as `blip.batch.normalize` takes them."""
-        return torch.tensor([self.mean or CLIP_MEAN, self.std or CLIP_STD], dtype=torch.float32)
+        return torch.from_numpy(np.array([self.mean or CLIP_MEAN, self.std or CLIP_STD], dtype=np.float32))
 
     @abstractmethod
     def arrange(self, image: Image.Image, rng: Generator) -> np.ndarray:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from blip.config.load import load_config
+
 ROOT = Path(__file__).parents[2]
 
 STAND_INS = {
@@ -30,7 +32,7 @@ STAND_INS = {
     "blip-python": """
         if [ "$1" != -m ]; then exec "$REAL_PYTHON" "$@"; fi
         echo "$*" >>"$CALLS"
-        [ "$2" = blip.train ] || exit 0
+        case "$2" in blip.train | torch.distributed.run) ;; *) exit 0 ;; esac
         for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
         if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
         mkdir -p "$folder/model"
@@ -83,7 +85,10 @@ def test_slurm_job_continues_only_after_a_stop_that_saved(
 STAGES = ("pretrain", "caption", "retrieval", "vqa", "nlvr")
 
 
-def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(bin_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(
+    bin_folder: Path, tmp_path: Path, processes: int
+) -> None:
     calls, output = tmp_path / "calls", tmp_path / "out"
     environment = {
         "BLIP_PYTHON": str(bin_folder / "blip-python"),
@@ -91,6 +96,7 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(bin_folder: Pat
         "CALLS": str(calls),
         "BLIP_OPTIONS": "run.max_iters=7 run.seed=1",
         "BLIP_SCENES": "--train 64",
+        "BLIP_PROCESSES": str(processes),
     }
     chain = [str(ROOT / "run_scripts" / "blip.sh"), "--output", str(output), "--data", str(tmp_path / "data")]
     chain.append("run.log_freq=1")
@@ -106,8 +112,11 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(bin_folder: Pat
     assert "question_type" not in done.stdout
     made = ["-m blip.data make scenes --train 64"]
     starts = {"caption": "pretrain", "retrieval": "pretrain", "vqa": "caption", "nlvr": "vqa"}
+    launch = "-m torch.distributed.run --standalone --nproc_per_node=2 " if processes == 2 else ""
+    batches = {name: load_config(f"tiny/blip_{name}.yaml").run.batch_size_train for name in STAGES}
     trained = [
-        f"-m blip.train --cfg tiny/blip_{name}.yaml "
+        f"{launch}-m blip.train --cfg tiny/blip_{name}.yaml "
+        + (f"run.batch_size_train={batches[name] // 2} " if processes == 2 else "")
         + (f"model.init_from={output / starts[name]} " if name in starts else "")
         + f"run.max_iters=7 run.seed=1 run.log_freq=1 run.output_dir={output / name} run.resume=auto"
         for name in STAGES
