@@ -25,6 +25,10 @@ class Batch(TypedDict, total=False):
     """float32 (B, 2, 3): mean and std in units of [0, 1], with uint8 images only."""
     image_embeds: Tensor
     """(B, P, D) states of the frozen vision tower, in place of `image`."""
+    image0_embeds: Tensor
+    """The same in place of `image0`."""
+    image1_embeds: Tensor
+    """The same in place of `image1`."""
     text_input: list[str]
     """B texts, cleaned by the text processor."""
     text_ids: Tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from blip import dist, keyed
 from blip.config.files import tiny_recipe
 from blip.config.schema import Config, DatasetConfig
 from blip.data.catalog import CATALOG
+from blip.data.features import fingerprint, view_of
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, available_splits, require_files
 from blip.data.shards import ShardDataset
@@ -50,9 +53,7 @@ def execute(config: Config, dry: bool = False) -> None:
             process of the run has ended.
         Stopped: a stop signal came; the state is saved.
     """
-    device = pick_device(config.run.device)
-    dist.init("nccl" if device.type == "cuda" else "gloo", config.run.timeout_s)
-    try:
+    with joined(config):
         if not dry:
             with build_run(config) as runner:
                 runner.run()
@@ -62,6 +63,19 @@ def execute(config: Config, dry: bool = False) -> None:
             place = replace(config.run, output_dir=folder, resume=None, tensorboard=False, wandb=None)
             with build_run(replace(config, run=place), config.run.batch_size_eval, begun) as runner:
                 dry_run(runner)
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """The process group that the environment describes, if any.
+
+    Raises:
+        TrainingError: another process has ended.
+    """
+    device = pick_device(config.run.device)
+    dist.init("nccl" if device.type == "cuda" else "gloo", config.run.timeout_s)
+    try:
+        yield
     except RuntimeError as error:
         if dist.world_size() > 1 and "by peer" in str(error):
             raise TrainingError(
@@ -101,7 +115,9 @@ def build_run(config: Config, limit: int | None = None, begun: Path | None = Non
                 " mean"
             )
         skips = SkipLog(tracker.folder, config.run.max_bad_ratio)
-        loader = None if config.run.evaluate else build_loader(config, model, parallel.device, skips)
+        loader, makers = (
+            (None, []) if config.run.evaluate else build_loader(config, model, parallel.device, skips)
+        )
         evaluations = {
             split: [build_evaluation(config, name, split, skips, limit) for name in splits[split]]
             for split in splits
@@ -116,6 +132,8 @@ def build_run(config: Config, limit: int | None = None, begun: Path | None = Non
             model.on_step(sys.maxsize)  # what is frozen on the way has been frozen by now
         elif limit is not None and begun is not None:
             log.info("%s", on_all(lambda: load_model(begun, model)).text())
+        for maker in makers:  # only now the tower has its weights, also where a run goes on
+            _check_features(model, maker)
     except BaseException:
         tracker.abandon()
         raise
@@ -223,8 +241,22 @@ def load_evaluated(config: Config, model: Any, found: Path | None) -> int:
     return 0
 
 
-def build_loader(config: Config, model: Any, device: torch.device, skips: SkipLog | None) -> TrainLoader:
-    """The training data of all datasets and `train_splits`, mixed."""
+def train_sets(config: Config, name: str) -> list[Any]:
+    """The training data of one dataset, one part per split that it has; pictures, not features.
+
+    Raises:
+        BlipError: something is missing or does not fit.
+    """
+    plain = replace(config, datasets={name: replace(config.datasets[name], features=None)})
+    splits = [split for split in config.run.train_splits if name in _datasets_with(config, split)]
+    on_all(lambda: _require_files(config, [(name, plain.datasets[name], split) for split in splits]))
+    return [on_all(partial(_dataset, plain, name, split, train=True)) for split in splits]
+
+
+def build_loader(
+    config: Config, model: Any, device: torch.device, skips: SkipLog | None
+) -> tuple[TrainLoader, list[Any]]:
+    """The training data of all datasets and `train_splits`, mixed; and what makes their samples."""
     run = config.run
     datasets: dict[str, Any] = {}
     ratios: dict[str, float | None] = {}
@@ -251,7 +283,30 @@ def build_loader(config: Config, model: Any, device: torch.device, skips: SkipLo
     loader = TrainLoader(datasets, settings, ratios, tokenize, skips)
     if skips is not None:
         skips.epoch_rows = loader.rows_per_epoch
-    return loader
+    return loader, [data.maker for data in datasets.values()]
+
+
+def _check_features(model: Any, maker: Any) -> None:
+    """Raise where features of the training data are not what the model's tower would give."""
+    store = maker.features
+    if store is None:
+        return
+    require_frozen(model, store.key)
+    store.check(on_all(lambda: fingerprint(model.vision.state_dict())), view_of(maker.vis_processor))
+
+
+def require_frozen(model: Any, key: str) -> None:
+    """Raise where features would not stay true: the tower is trained.
+
+    Raises:
+        ConfigError: saying how to freeze it.
+    """
+    if not model.vision.frozen:
+        own = "model.freeze_vit" if hasattr(model.config, "freeze_vit") else "model.vit.freeze"
+        raise ConfigError(
+            f"{key}: features are of a tower that stays as it is, and this one is trained; set {own}: true,"
+            " without steps that train it first"
+        )
 
 
 def build_evaluation(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # BLIP from pre-training to scores on the embedded pictures, about an hour on two CPU cores: pre-trains, starts
 # captioning and retrieval from that run, question answering from captioning, sentences about two pictures from question
-# answering, and prints all scores.
+# answering, and prints all scores. The last two keep captioning's tower, whose features are written once.
 #
 #   bash run_scripts/blip.sh [--output FOLDER] [--data FOLDER] [key=value ...]
 #
@@ -94,8 +94,14 @@ stage() {
 stage pretrain
 stage caption model.init_from="$output/pretrain"
 stage retrieval model.init_from="$output/pretrain"
-stage vqa model.init_from="$output/caption"
-stage nlvr model.init_from="$output/vqa"
+features=$output/features/scenes_vqa
+if [ ! -f "$features/features.json" ]; then
+  echo "== features"
+  "$python" -m blip.cache_features --cfg tiny/blip_vqa.yaml model.init_from="$output/caption" \
+    ${options[@]+"${options[@]}"} run.output_dir="$output/features"
+fi
+stage vqa model.init_from="$output/caption" datasets.scenes_vqa.features="$features"
+stage nlvr model.init_from="$output/vqa" datasets.scenes_nlvr.features="$features"
 
 "$python" - "$output" <<'PY'
 import json, pathlib, sys

@@ -77,15 +77,17 @@ class DatasetConfig(Section):
     kind: Literal["auto", "caption", "vqa", "nlvr", "classification"] = "auto"
     """What a record is: a picture and captions, a picture and a question, two pictures and a sentence, or one
     picture and a sentence, both with a label; `auto` tells by the columns."""
-    data_type: Literal["images", "videos", "features"] = "images"
-    """Pictures; videos, which are also known by their column `video` or an `alpro_video_...` processor; or
-    frozen-vision features written by `blip.cache_features`."""
+    data_type: Literal["images", "videos"] = "images"
+    """Pictures, or videos, which are also known by their column `video` or an `alpro_video_...` processor."""
     path: str | list[str] | dict[str, Any] | None = None
     """Annotations: a file, folder or shard pattern, several of them, or one entry per split (`train`, `val`,
     `test`). Relative to the data root."""
     images: str | list[str] | dict[str, Any] | None = None
     """Folder the records' image or video paths start from, likewise several or one per split; None: beside
     `path`."""
+    features: str | None = None
+    """Folder that `blip cache_features` has written: training reads the frozen tower's states from there, in
+    place of pictures. Relative to the data root, unless it is there as given."""
     format: Literal["auto", "json", "jsonl", "csv", "tsv", "folder", "shards", "hf"] = "auto"
     """Layout of `path`; `auto` tells by name and content."""
     split: str | None = None

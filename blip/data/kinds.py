@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.random import Generator
-from PIL import Image
 
 from blip.data.collate import Flat
 from blip.data.samples import BadRecord, Clip, Picture, Sample, SampleMaker, read_image, sound
@@ -115,6 +114,8 @@ class PairMaker(SampleMaker):
         if self.swap and rng.random() < 0.5:
             first, second = second, first
             content["text_input"] = exchange_sides(content["text_input"])
+        if self.features is not None:
+            return {"image0_embeds": first, "image1_embeds": second, "instance_id": name, **content}
         return {
             "image0": self.vis_processor.pixels(first, rng),
             "image1": self.vis_processor.pixels(second, rng),
@@ -145,9 +146,14 @@ class PairMaker(SampleMaker):
             raise BadRecord("missing_image", name, f"'images' is {str(images)[:60]}, not a list of two")
         return images
 
-    def _both(self, image: Picture | Clip | Sequence[Picture], name: str) -> tuple[Image.Image, Image.Image]:
+    def _both(self, image: Picture | Clip | Sequence[Picture], name: str) -> tuple[Any, Any]:
+        """The two pictures, or their states."""
         if isinstance(image, list | tuple) and len(image) == 2:
+            if self.features is not None:
+                return self.features.states(image[0], name), self.features.states(image[1], name)
             return read_image(image[0], name), read_image(image[1], name)
+        if self.features is not None:
+            raise BadRecord("no_features", name, "one picture that holds both has no features of the two")
         whole = read_image(image, name)  # type: ignore[arg-type]
         if whole.width < 2:
             raise BadRecord("unreadable_image", name, "one pixel wide: it cannot be cut into two pictures")

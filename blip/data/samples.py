@@ -60,6 +60,12 @@ class Sample(TypedDict, total=False):
     """uint8 (3, H, W): the first of two pictures."""
     image1: Tensor
     """uint8 (3, H, W): the second."""
+    image_embeds: Tensor
+    """(P, D): states of a frozen tower, in place of `image`."""
+    image0_embeds: Tensor
+    """The same of the first of two pictures."""
+    image1_embeds: Tensor
+    """The same of the second."""
     image_norm: Tensor
     """float32 (2, 3): mean and std in units of [0, 1]; of both pictures where there are two."""
     text_input: str
@@ -85,8 +91,8 @@ class BadRecord(DataError):
 
     Causes: missing_image, empty_image, truncated_image, unreadable_image, too_large, malformed_record,
     missing_video, empty_video, unreadable_video, no_video_reader, no_caption, bad_text, no_question,
-    no_answer, no_sentence, no_label, bad_label; shards add their own. A damaged_frame is counted, but its
-    video is used.
+    no_answer, no_sentence, no_label, bad_label, no_features; shards add their own. A damaged_frame is
+    counted, but its video is used.
 
     Args:
         cause: one word for the count.
@@ -110,6 +116,14 @@ class VisProcessor(Protocol):
     def norm(self) -> Tensor: ...
 
 
+class FeatureSource(Protocol):
+    """Where states of pictures come from (`blip.data.features`)."""
+
+    def states(self, picture: Any, name: str) -> Tensor: ...
+
+    def check(self, tower: str, view: Mapping[str, Any]) -> None: ...
+
+
 class VideoProcessor(VisProcessor, Protocol):
     """What it needs of a processor of videos."""
 
@@ -129,12 +143,14 @@ class SampleMaker:
         text_processor: text -> cleaned text.
         prompt: put in front of every cleaned text.
         columns: our name -> the record's name, where they differ.
+        features: where a frozen tower's states of the pictures come from, in place of pixels.
     """
 
     vis_processor: VisProcessor
     text_processor: Callable[[str], str]
     prompt: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    features: FeatureSource | None = None
     what: ClassVar[str] = "caption"
     """What the text of a record is called."""
 
@@ -221,6 +237,8 @@ class SampleMaker:
     def picture(self, image: Picture | Clip, name: str, rng: Generator | None = None) -> Sample:
         """`image`, `image_norm` and `instance_id` of a picture or video, and what is `damaged` of this.
 
+        With `features`, `image_embeds` stands for the first two.
+
         Raises:
             BadRecord: the picture is missing or cannot be decoded, or there is no such frame of the video.
         """
@@ -234,6 +252,8 @@ class SampleMaker:
                 "instance_id": name,
             }
             return {**sample, "damaged": damaged} if damaged else sample
+        if self.features is not None:
+            return {"image_embeds": self.features.states(image, name), "instance_id": name}
         pixels = self.vis_processor.pixels(read_image(image, name), rng)
         return {"image": pixels, "image_norm": self.vis_processor.norm(), "instance_id": name}
 

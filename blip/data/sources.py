@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from blip.config.schema import DatasetConfig
+from blip.data import catalog
 from blip.data.datasets import PairDataset
 from blip.data.evaluation import EvalCaptions, EvalLabels, EvalPairs, EvalQuestions
+from blip.data.features import FeatureStore
 from blip.data.kinds import KINDS, TRUTH_VALUES, LabelMaker, PairMaker, QuestionMaker, kind_of
 from blip.data.locate import MissingData, Source, available_splits, locate
 from blip.data.readers import Record, read_file
@@ -50,11 +52,6 @@ def build_dataset(
         DataError: files, columns or pictures are missing, or there is nothing in them.
         ConfigError: processors or settings that do not go together, or records of another kind than wanted.
     """
-    if config.data_type == "features":
-        raise ConfigError(
-            f"datasets.{name}.data_type: {config.data_type!r} is no kind of files that image-text data can be"
-            " read from; use images or videos"
-        )
     stage = "train" if train else "eval"
     # What is wrong with it shows before files are read.
     maker = make_maker(name, config, stage, image_size, video=config.data_type == "videos")
@@ -65,6 +62,8 @@ def build_dataset(
                 f"datasets.{name}.path: shards are for training; evaluation needs a list of its pictures and"
                 f" texts, as in path: {{{split}: {split}.json}}"
             )
+        if config.features is not None:
+            raise ConfigError(f"datasets.{name}.features: pictures in shards have none; name other files")
         if config.max_samples is not None:
             raise ConfigError(f"datasets.{name}.max_samples: shards are not cut; name fewer of them in path")
         _check_kind(name, "caption", wanted)
@@ -80,8 +79,27 @@ def build_dataset(
     _check_columns(name, config, stage, maker, records.columns)
     check_pictures(name, records, maker, source.named)
     if train:
+        maker.features = open_features(name, config, data_root)
         return PairDataset(name, records, maker, config.image_ids and kind == "caption")
     return _evaluation(name, config, source, records, maker, wanted or KINDS[kind].serves[0], data_root)
+
+
+def open_features(
+    name: str, config: DatasetConfig, data_root: str | Path | None = None
+) -> FeatureStore | None:
+    """The store that a section names; None where it names none.
+
+    Raises:
+        DataError: there is no complete one.
+        ConfigError: of videos.
+    """
+    if config.features is None:
+        return None
+    key = f"datasets.{name}.features"
+    if config.data_type == "videos":
+        raise ConfigError(f"{key}: there are features of pictures only; leave it out for videos")
+    place = Path(config.features)
+    return FeatureStore(place if place.is_dir() else catalog.data_root(data_root) / place, key)
 
 
 def _evaluation(

@@ -182,7 +182,8 @@ class BlipNlvr(BlipClassification):
     """A sentence about two images; each has a cross-attention of its own.
 
     Shape:
-        batch: `image0`, `image1` (B, 3, H, W), `text_input` (or `text_ids`, `text_mask`), `label` int64 (B,).
+        batch: `image0`, `image1` (B, 3, H, W), or `image0_embeds`, `image1_embeds` (B, P, D_image) of a
+            frozen tower; `text_input` (or `text_ids`, `text_mask`), `label` int64 (B,).
         returns: `loss`, `acc`.
     """
 
@@ -201,7 +202,10 @@ class BlipNlvr(BlipClassification):
         return text
 
     def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:
-        states = vision(torch.cat([batch["image0"], batch["image1"]]))
+        if "image0_embeds" in batch:
+            states = torch.cat([batch["image0_embeds"], batch["image1_embeds"]])
+        else:
+            states = vision(torch.cat([batch["image0"], batch["image1"]]))
         images = [(text.image_keys(some, which=i), 1) for i, some in enumerate(states.chunk(2))]
         found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True)
         return at_least_float32(head(found[:, 0]))

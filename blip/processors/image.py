@@ -34,6 +34,8 @@ class ImageProcessor(ABC):
     """Mean of red, green and blue in [0, 1]; None: CLIP's."""
     std: list[float] | None = None
     """Standard deviation likewise."""
+    random: ClassVar[bool] = False
+    """Whether a picture becomes something else each time."""
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -76,6 +78,7 @@ class RandomCropProcessor(ImageProcessor):
     """Smallest share of the picture's area that is cropped. BLIP's own pre-training used 0.2."""
     max_scale: float = 1.0
     """Largest share."""
+    random: ClassVar[bool] = True
     flip: ClassVar[float] = 0.5
     augment: ClassVar[bool] = False
 

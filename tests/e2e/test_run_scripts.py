@@ -32,8 +32,11 @@ STAND_INS = {
     "blip-python": """
         if [ "$1" != -m ]; then exec "$REAL_PYTHON" "$@"; fi
         echo "$*" >>"$CALLS"
-        case "$2" in blip.train | torch.distributed.run) ;; *) exit 0 ;; esac
+        case "$2" in blip.train | blip.cache_features | torch.distributed.run) ;; *) exit 0 ;; esac
         for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
+        if [ "$2" = blip.cache_features ]; then
+          mkdir -p "$folder/scenes_vqa" && touch "$folder/scenes_vqa/features.json" && exit
+        fi
         if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
         mkdir -p "$folder/model"
         echo '{"split": "train", "step": 7, "loss": 1.0}
@@ -114,14 +117,20 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(
     starts = {"caption": "pretrain", "retrieval": "pretrain", "vqa": "caption", "nlvr": "vqa"}
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2 " if processes == 2 else ""
     batches = {name: load_config(f"tiny/blip_{name}.yaml").run.batch_size_train for name in STAGES}
+    features = output / "features"
+    seen = (
+        f"-m blip.cache_features --cfg tiny/blip_vqa.yaml model.init_from={output / 'caption'}"
+        f" run.max_iters=7 run.seed=1 run.log_freq=1 run.output_dir={features}"
+    )
     trained = [
         f"{launch}-m blip.train --cfg tiny/blip_{name}.yaml "
         + (f"run.batch_size_train={batches[name] // 2} " if processes == 2 else "")
         + (f"model.init_from={output / starts[name]} " if name in starts else "")
+        + (f"datasets.scenes_{name}.features={features}/scenes_vqa " if name in ("vqa", "nlvr") else "")
         + f"run.max_iters=7 run.seed=1 run.log_freq=1 run.output_dir={output / name} run.resume=auto"
         for name in STAGES
     ]
-    assert calls.read_text().splitlines() == made + trained[:4] + made + trained[3:]
+    assert calls.read_text().splitlines() == made + trained[:3] + [seen, trained[3]] + made + trained[3:]
     other = run(*chain, "run.seed=2", code=2, **environment)
     assert f"the runs in {output} have other key=value" in other.stderr
 

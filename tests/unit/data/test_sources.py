@@ -20,7 +20,7 @@ from blip.data.datasets import PairDataset
 from blip.data.evaluation import EvalPairs
 from blip.data.locate import MissingData, available_splits, locate, require_files
 from blip.data.shards import ShardDataset
-from blip.data.sources import build_dataset, make_maker, make_processor
+from blip.data.sources import build_dataset, make_maker, make_processor, open_features
 from blip.errors import ConfigError, DataError
 
 SMALL = {"train": {"name": "blip2_image_train", "image_size": 16}}
@@ -329,9 +329,13 @@ def test_folders_and_files_must_match_in_number(root: Path) -> None:
         locate("mine", config, "train", root)
 
 
-def test_features_are_no_images(root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"datasets\.mine\.data_type: 'features'"):
-        build_dataset("mine", section(path="x", data_type="features"), "train", root)
+def test_features_are_of_pictures_in_files(root: Path) -> None:
+    missing = section(**as_two_files(root), features="nowhere")
+    with pytest.raises(DataError, match=r"^datasets\.mine\.features: no complete store of features in"):
+        build_dataset("mine", missing, "train", root)
+    clips = section(**as_two_files(root), features="nowhere", data_type="videos")
+    with pytest.raises(ConfigError, match=r"^datasets\.mine\.features: there are features of pictures only"):
+        open_features("mine", clips, root)
 
 
 def test_a_missing_processor_follows_from_the_other() -> None:
