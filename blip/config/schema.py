@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from blip import templates
 from blip.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
@@ -74,9 +75,10 @@ class DatasetConfig(Section):
 
     section: ClassVar[str] = "datasets"
 
-    kind: Literal["auto", "caption", "vqa", "nlvr", "classification"] = "auto"
-    """What a record is: a picture and captions, a picture and a question, two pictures and a sentence, or one
-    picture and a sentence, both with a label; `auto` tells by the columns."""
+    kind: Literal["auto", "instruct", "caption", "vqa", "nlvr", "classification"] = "auto"
+    """What a record is: a picture and an instruction with the expected output, a picture and captions, a
+    picture and a question, two pictures and a sentence, or one picture and a sentence, both with a label;
+    `auto` tells by the columns."""
     data_type: Literal["images", "videos"] = "images"
     """Pictures, or videos, which are also known by their column `video` or an `alpro_video_...` processor."""
     path: str | list[str] | dict[str, Any] | None = None
@@ -95,6 +97,16 @@ class DatasetConfig(Section):
     `path`, all for a catalogue name."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the file's name, for image, video, caption, image_id, question, answer, ..."""
+    types: list[str] = field(default_factory=list)
+    """Use only the records of these types, as their column `type` calls them; empty: all."""
+    templates: str | list[str] | None = None
+    """Instructions to train on captions, questions or sentences with: names of lists (`caption`, `vqa`, ...,
+    see `blip.templates`) and templates such as "Question: {question} Answer:". One is drawn for each sample;
+    evaluation of instructions takes the first. None: where the task trains on instructions, those of the
+    catalogue, else the list of the kind; elsewhere none."""
+    ocr_file: str | dict[str, Any] | None = None
+    """JSON with `ocr_tokens`, words read in the pictures, by `image_id`, or one file per split, for templates
+    that show them; None: of the catalogue, else the records' own; empty: none."""
     answer_list: str | None = None
     """JSON list of the answers that are ranked; None: of the catalogue, else all answers of `train`."""
     answer_weight: float = 1.0
@@ -113,7 +125,8 @@ class DatasetConfig(Section):
     text_processor: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The same for texts."""
     sample_ratio: float | None = None
-    """Weight in a mixture; None: in proportion to the number of samples."""
+    """Weight in a mixture; None: in proportion to the number of samples. With `run.sampling`, a factor on the
+    weight that follows from that (None: 1)."""
     prompt: str = ""
     """Put in front of every text of this dataset."""
     lanes: int = 16
@@ -144,6 +157,10 @@ class DatasetConfig(Section):
                     )
         if isinstance(self.path, list) and not self.path:
             found.append("path: the list is empty; name at least one file")
+        if self.templates is not None:
+            found += [f"templates: {problem}" for problem in templates.problems(self.templates)]
+        if repeated := [name for name in self.types if self.types.count(name) > 1]:
+            found.append(f"types: {repeated[0]!r} stands there twice")
         return found
 
 
@@ -253,6 +270,10 @@ class RunConfig(Section):
 
     train_splits: list[str] = field(default_factory=lambda: ["train"])
     """Splits to train on."""
+    sampling: Literal["proportional", "sqrt", "uniform"] | None = None
+    """How often micro-batches come from each dataset: in proportion to its size, to the square root of that
+    (InstructBLIP, section 2.4), or from all equally often, times its `sample_ratio`; None: the sample ratios
+    are the weights themselves, or, where there is none, all datasets are one."""
     valid_splits: list[str] = field(default_factory=list)
     """Splits to evaluate during training; the first one decides the best checkpoint."""
     test_splits: list[str] = field(default_factory=list)

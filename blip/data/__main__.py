@@ -12,6 +12,7 @@ from blip.cli import guard, set_up_logging
 from blip.config.schema import DatasetConfig
 from blip.data import catalog
 from blip.data.catalog import CATALOG
+from blip.data.catalog_instruct import ALIASES, MEMBERS
 from blip.data.check import Report, check_split, count_words
 from blip.data.kinds import KINDS
 from blip.data.locate import MissingData, available_splits, locate
@@ -104,13 +105,18 @@ def run_list(args: argparse.Namespace) -> int:
     root = catalog.data_root(args.data_root)
     print(f"data root: {root}")
     for name, row in CATALOG.items():
+        if row.same_as:
+            continue
         missing = wanted(name, root)
         here = [split for split in row.splits if not set(row.of(split)) & set(missing)]
         places = len(row.files) + len(row.others) + bool(row.images)
         state = f"missing {len(missing)} of {places} places" if missing else "ready"
-        print(f"{name:<24}{row.kind:<16}{state:<25}{row.about}")
+        member = MEMBERS.get(name)
+        role = f" [InstructBLIP: {member.group}, held {'in' if member.held_in else 'out'}]" if member else ""
+        print(f"{name:<28}{row.kind:<16}{state:<25}{row.about}{role}")
         if missing and here:
-            print(f"{'':<40}has {', '.join(here)}; misses {', '.join(missing)}")
+            print(f"{'':<44}has {', '.join(here)}; misses {', '.join(missing)}")
+    print(f"LAVIS's names for reading the same files as instructions: {', '.join(ALIASES)}")
     print("'blip data prepare NAME' says what to bring; 'blip data make scenes' makes the embedded ones")
     return EXIT_OK
 

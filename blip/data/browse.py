@@ -15,6 +15,7 @@ from blip.config.schema import DatasetConfig
 from blip.config.typed import typed_section
 from blip.data.collate import Flat
 from blip.data.datasets import PairDataset
+from blip.data.instruct import InstructMaker
 from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker
 from blip.data.locate import MissingData, Source, available_splits, locate, require_files
 from blip.data.samples import BadRecord, Sample, SampleMaker
@@ -30,6 +31,7 @@ class Pairs:
     """What one split holds, by number: `image` (PIL, as stored), `text_input`, `instance_id`, and by its kind
 
     - captions: `image_id`;
+    - instructions: `text_output`;
     - questions: `answer` and `weight`, lists of the different answers and their shares; `question_id`;
     - sentences: `label`; about two pictures `image0` and `image1` in place of `image`.
 
@@ -153,6 +155,7 @@ def _pairs(name: str, section: DatasetConfig, source: Source, root: str | Path |
     if shows_videos(section, records.columns):
         plain = (_FramesAsStored(), str, section.prompt)
     makers = {
+        "instruct": InstructMaker(*plain),
         "caption": SampleMaker(*plain) if source.captioned else _Pictures(*plain),
         "vqa": _Questions(*plain, answer_weight=section.answer_weight, answered=None),
         "nlvr": PairMaker(*plain, classes=classes, cut=section.cut),

@@ -4,70 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
+from blip.data.catalog_instruct import ALIASES, INSTRUCT, MEMBERS, QUESTIONS_OF
+from blip.data.rows import ALL, CLIPS, Row, video_qa, web
 from blip.data.scenes_questions import answers
 from blip.errors import DataError, hint
 
 ROOT_VARIABLE = "BLIP_DATA"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A named dataset. Paths are relative to the data root."""
-
-    kind: str
-    """What a record is, as `datasets.NAME.kind`; or retrieval: captions that are evaluated as retrieval."""
-    splits: dict[str, str | tuple[str, ...]]
-    """Split -> annotation file, or several, or pattern of shards."""
-    images: str = ""
-    """Folder that the records' image paths start from; empty for shards."""
-    format: str = "auto"
-    """Layout of the files, as `datasets.NAME.format`."""
-    about: str = ""
-    """What it is, and how large."""
-    pictures: str = ""
-    """Which pictures belong below `images`, for `prepare`."""
-    annotations: str = ""
-    """Which official files become the annotations, for `prepare`."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the files' name."""
-    answer_list: str = ""
-    """JSON list of the answers that are ranked."""
-    official: dict[str, str] = field(default_factory=dict)
-    """Split -> official annotations that evaluation compares with, as `datasets.NAME.annotation_file`."""
-    classes: tuple[str, ...] = ()
-    """Labels in the order of their class numbers."""
-    captioned: bool = True
-    """Whether pictures of kind caption have captions in the annotation files."""
-    suffix: str = ""
-    """Added to names of pictures that have none."""
-    judged: dict[str, str] = field(default_factory=dict)
-    """Split -> file that says what is in each picture of the embedded scenes, for judging captions."""
-
-    @property
-    def embedded(self) -> bool:
-        """Whether `blip data make scenes` makes it."""
-        return self.files[0].startswith("scenes/")
-
-    @property
-    def files(self) -> list[str]:
-        """Annotation files of all splits, or patterns of shards."""
-        return [text for split in self.splits for text in self.of(split)]
-
-    @property
-    def others(self) -> list[str]:
-        """What evaluation reads beside the annotation files."""
-        return list(dict.fromkeys(filter(None, [self.answer_list, *self.official.values()])))
-
-    def of(self, split: str) -> tuple[str, ...]:
-        """The annotation files of one split."""
-        value = self.splits[split]
-        return (value,) if isinstance(value, str) else value
-
-
-_ALL = ("train", "val", "test")
 
 
 def _scenes(pattern: str, *splits: str) -> dict[str, str | tuple[str, ...]]:
@@ -76,7 +21,7 @@ def _scenes(pattern: str, *splits: str) -> dict[str, str | tuple[str, ...]]:
 
 _COCO = Row(
     kind="caption",
-    splits={split: f"coco/annotations/coco_karpathy_{split}.json" for split in _ALL},
+    splits={split: f"coco/annotations/coco_karpathy_{split}.json" for split in ALL},
     images="coco/images",
     about="COCO 2014, Karpathy split: 113,287 / 5,000 / 5,000 pictures, 5 captions each",
     pictures="COCO's train2014.zip, val2014.zip and test2014.zip, unpacked into folders of these names",
@@ -84,67 +29,42 @@ _COCO = Row(
 )
 _FLICKR = Row(
     kind="retrieval",
-    splits={split: f"flickr30k/annotations/{split}.json" for split in _ALL},
+    splits={split: f"flickr30k/annotations/{split}.json" for split in ALL},
     images="flickr30k/images",
     about="Flickr30k: 29,000 / 1,000 / 1,000 pictures, 5 captions each",
     pictures="Flickr30k's pictures in the folder flickr30k-images (to be requested from its authors)",
     annotations="flickr30k_train.json, _val.json, _test.json as BLIP and LAVIS distribute them",
 )
 
-
-def _web(folder: str, file: str, images: str, about: str) -> Row:
-    return Row(
-        kind="caption",
-        splits={"train": f"{folder}/annotations/{file}.json"},
-        images=f"{folder}/{images}",
-        about=about,
-        pictures="the pictures behind the set's URL list, downloaded by you (img2dataset, for example)",
-        annotations=f"{file}.json: a list of {{image, caption}} of the pictures that you could download",
-    )
-
-
-_CLIPS = (
-    "{}'s clips (.{}), or for each a folder of its name without the ending that holds its frames as pictures"
-)
-
-
-def _video_qa(name: str, ending: str, counts: str) -> Row:
-    """A set of questions about video clips, as LAVIS lays it out."""
-    folder = name.lower()
-    return Row(
-        kind="vqa",
-        splits={split: f"{folder}/annotations/qa_{split}.json" for split in _ALL},
-        images=f"{folder}/videos",
-        about=f"{name}-QA: {counts} questions about video clips, one answer each",
-        pictures=_CLIPS.format(name, ending),
-        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
-        answer_list=f"{folder}/annotations/qa_ans2label.json",
-    )
-
-
 CATALOG: dict[str, Row] = {
     "scenes": Row(
         kind="retrieval",
-        splits=_scenes("{}", *_ALL),
+        splits=_scenes("{}", *ALL),
         images="scenes",
         about="embedded: rendered scenes with exact captions, 10,000 / 500 / 500 pictures by default",
-        judged={split: f"scenes/annotations/records_{split}.json" for split in _ALL},
+        judged={split: f"scenes/annotations/records_{split}.json" for split in ALL},
     ),
     "scenes_vqa": Row(
         kind="vqa",
-        splits=_scenes("vqa_{}", *_ALL),
+        splits=_scenes("vqa_{}", *ALL),
         images="scenes",
         about="embedded: questions of eleven types about scenes, one answer each",
     ),
+    "scenes_instruct": Row(
+        kind="instruct",
+        splits=_scenes("instruct_{}", *ALL),
+        images="scenes",
+        about="embedded: instructions of nine types about scenes, one output each",
+    ),
     "scenes_nlvr": Row(
         kind="nlvr",
-        splits=_scenes("nlvr_{}", *_ALL),
+        splits=_scenes("nlvr_{}", *ALL),
         images="scenes",
         about="embedded: sentences about two scenes, true or false",
     ),
     "scenes_answers": Row(
         kind="classification",
-        splits=_scenes("vqa_{}", *_ALL),
+        splits=_scenes("vqa_{}", *ALL),
         images="scenes",
         columns={"sentence": "question", "label": "answer"},
         classes=tuple(answers()),
@@ -230,13 +150,14 @@ CATALOG: dict[str, Row] = {
     ),
     "aok_vqa": Row(
         kind="vqa",
-        splits={split: f"aokvqa/annotations/aokvqa_v1p0_{split}.json" for split in _ALL},
+        splits={split: f"aokvqa/annotations/aokvqa_v1p0_{split}.json" for split in ALL},
         images="coco/images",
         about="A-OKVQA: 17,056 / 1,145 / 6,702 questions, ten direct answers each (test without)",
         pictures="COCO's train2014.zip, val2014.zip and test2015.zip, unpacked into folders of these names",
         annotations="aokvqa_v1p0_train.json, _val.json, _test.json and specialized_vocab_train_lavis.json as"
         " LAVIS distributes them",
         answer_list="aokvqa/annotations/specialized_vocab_train_lavis.json",
+        templates="choice",
     ),
     "nlvr": Row(
         kind="nlvr",
@@ -264,24 +185,24 @@ CATALOG: dict[str, Row] = {
     ),
     "msrvtt_retrieval": Row(
         kind="retrieval",
-        splits={split: f"msrvtt/annotations/retrieval_{split}.json" for split in _ALL},
+        splits={split: f"msrvtt/annotations/retrieval_{split}.json" for split in ALL},
         images="msrvtt/videos",
         about="MSRVTT: 10,000 video clips, of which 1,000 with a caption each are for testing",
-        pictures=_CLIPS.format("MSRVTT", "mp4"),
+        pictures=CLIPS.format("MSRVTT", "mp4"),
         annotations="retrieval_train.json, _val.json, _test.json as LAVIS distributes them",
     ),
-    "msrvtt_qa": _video_qa("MSRVTT", "mp4", "158,581 / 12,278 / 72,821"),
-    "msvd_qa": _video_qa("MSVD", "avi", "30,933 / 6,415 / 13,157"),
-    "conceptual_caption_3m": _web(
+    "msrvtt_qa": video_qa("MSRVTT", "mp4", "158,581 / 12,278 / 72,821"),
+    "msvd_qa": video_qa("MSVD", "avi", "30,933 / 6,415 / 13,157"),
+    "conceptual_caption_3m": web(
         "conceptual_caption", "cc3m", "images", "Conceptual Captions: 3 million web pictures, one text each"
     ),
-    "conceptual_caption_12m": _web(
+    "conceptual_caption_12m": web(
         "conceptual_caption",
         "cc12m",
         "images_12m",
         "Conceptual 12M: 10 to 12 million web pictures, one text each",
     ),
-    "sbu_caption": _web(
+    "sbu_caption": web(
         "sbu_captions", "sbu", "images", "SBU Captions: 860,000 Flickr pictures, one text each"
     ),
     "laion400M": Row(
@@ -299,7 +220,19 @@ CATALOG: dict[str, Row] = {
         pictures="the pictures of COCO, VG, CC3M, CC12M and SBU under the paths that annotation.json names",
         annotations="annotation.json as LAVIS distributes it (its absolute paths are made relative)",
     ),
+    **INSTRUCT,
 }
+for _name, _other in QUESTIONS_OF.items():
+    CATALOG[_name] = replace(
+        CATALOG[_other],
+        splits={"train": CATALOG[_other].splits["train"]},
+        about=f"the training questions of {_other}, to be asked for their answers",
+        templates="vqg",
+        answer_list="",
+        official={},
+    )
+for _name, _other in ALIASES.items():
+    CATALOG[_name] = replace(CATALOG[_other], same_as=_other)
 
 
 def data_root(configured: str | Path | None = None) -> Path:
@@ -321,6 +254,11 @@ def row(name: str) -> Row:
     if name not in CATALOG:
         raise DataError(f"no dataset {name!r} in the catalogue{hint(name, CATALOG)}")
     return CATALOG[name]
+
+
+def instructblip(held_in: bool | None = None) -> list[str]:
+    """InstructBLIP's 26 datasets; only those that it trains on, or only those that it does not."""
+    return [name for name, member in MEMBERS.items() if held_in is None or member.held_in == held_in]
 
 
 def remedy(names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from numpy.random import Generator
 
 from blip.config.schema import DatasetConfig
 from blip.data.datasets import Records, pictures_of
+from blip.data.instruct import InstructMaker
 from blip.data.kinds import KINDS, LabelMaker, PairMaker, QuestionMaker
 from blip.data.locate import Source
 from blip.data.samples import BadRecord, Clip, SampleMaker, read_clip, read_image, sound
@@ -134,7 +135,9 @@ def check_split(
         parts = (_UndecodedFrames() if clips else _Undecoded(), _cleaner(kind))
         maker: SampleMaker = _Looker(*parts) if source.captioned else _Pictures(*parts)
         classes = class_names(name, config, kind, source, records, data_root, training=False)
-        if kind == "vqa":
+        if kind == "instruct":
+            maker = InstructMaker(*parts, answered=True if split == "train" else None)
+        elif kind == "vqa":
             maker = QuestionMaker(*parts, answered=True if split == "train" else None)
         elif kind == "nlvr":
             maker = PairMaker(*parts, classes=classes)
@@ -232,7 +235,9 @@ def _texts(maker: SampleMaker, record: dict[str, Any], name: str) -> tuple[list[
     if isinstance(maker, _Looker):
         return maker.usable(record, name)
     try:
-        return [maker.content(record, name).get("text_input", "")], []
+        content = maker.content(record, name)
+        texts = [content.get("text_input", ""), content.get("text_output", "")]
+        return [" ".join(filter(None, texts))], []
     except BadRecord as error:
         return [], [error]
 

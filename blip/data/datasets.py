@@ -58,8 +58,7 @@ class PairDataset:
         self.image_ids = image_ids
         self.num_images = records.num_pictures
         self._ends: np.ndarray | None = None
-        captioned = maker.what == "caption"
-        if captioned and len(records) and records.num_captions.max() > 1:
+        if maker.per_caption and len(records) and records.num_captions.max() > 1:
             # A record without captions keeps its place, to be counted as such.
             self._ends = np.cumsum(np.maximum(records.num_captions, 1), dtype=np.int64)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from blip import dist, keyed
 from blip.data.datasets import Records, causes, pictures_of
-from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker, answers_of
+from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker, answers_of, choices_of, correct_choice_of
 from blip.data.records import ById
 from blip.data.samples import MALFORMED, BadRecord, Clip, Picture, Sample, SampleMaker, read_image
 from blip.data.truth import Judge
@@ -71,6 +71,16 @@ class EvalData:
         sample.pop("damaged", None)
         return sample
 
+    def shown(self, index: int) -> Sample:
+        """The picture of sample `index`: image, image_norm and instance_id.
+
+        Raises:
+            BadRecord: it cannot be read.
+        """
+        sample = _picture(self, index, self._places(index))
+        del sample["image_id"]
+        return sample
+
     @property
     def total(self) -> int:
         """Units that there are, those that are left out among them."""
@@ -121,11 +131,7 @@ class EvalData:
         found = {k: error for k, error in errors if error.cause != "damaged_frame"}
         self.damaged = [error for _, error in errors if error.cause == "damaged_frame"]
         if found:
-            self.bad += found.values()
-            lost = np.isin(group, list(found))
-            self.lost += sum(self._units(i) for i in np.flatnonzero(lost).tolist())
-            self._keep(np.flatnonzero(~lost).tolist())
-            self._require_some()
+            self.leave_out(np.isin(group, list(found)), found.values())
         if self.bad:
             log.warning(
                 "datasets.%s: %d records are left out of the evaluation (%s), the first is %s",
@@ -137,6 +143,18 @@ class EvalData:
                 *(self.name, len(self.damaged), self.damaged[0]),
             )
         return self
+
+    def leave_out(self, lost: np.ndarray, bad: Iterable[BadRecord]) -> None:
+        """Leave out some samples.
+
+        Args:
+            lost: bool, one of each sample: True = left out.
+            bad: why.
+        """
+        self.bad += bad
+        self.lost += sum(self._units(i) for i in np.flatnonzero(lost).tolist())
+        self._keep(np.flatnonzero(~lost).tolist())
+        self._require_some()
 
     def _units(self, index: int) -> int:
         return 1
@@ -312,7 +330,7 @@ class EvalQuestions(EvalData):
         candidates: Callable[[], list[str] | None] | None = None,
     ) -> None:
         self._official, self._candidates = official, candidates
-        super().__init__(name, records, maker, *_usable(name, records, maker))
+        super().__init__(name, records, maker, *usable(name, records, maker))
 
     @cached_property
     def answer_list(self) -> list[str] | None:
@@ -349,18 +367,11 @@ class EvalQuestions(EvalData):
 
     def choices(self, index: int) -> list[str]:
         """The question's own candidates, as A-OKVQA has them; empty where it has none."""
-        return _strings(self.record(index).get("choices"))
+        return choices_of(self.record(index))
 
     def correct_choice(self, index: int) -> str | None:
         """The right one of the question's choices, whose number the record has; None where it is secret."""
-        record = self.record(index)
-        number, choices = record.get("correct_choice"), record.get("choices")
-        if isinstance(number, str) and number.isdecimal():  # of a table, whose cells are texts
-            number = int(number)
-        if not isinstance(choices, list) or not isinstance(number, int) or isinstance(number, bool):
-            return None
-        found = choices[number] if 0 <= number < len(choices) else None
-        return found if isinstance(found, str) else None
+        return correct_choice_of(self.record(index))
 
     def _annotation(self, index: int) -> dict[str, Any]:
         record = self.record(index)
@@ -375,7 +386,7 @@ class EvalLabels(EvalData):
     unit = "sentences"
 
     def __init__(self, name: str, records: Records, maker: LabelMaker | PairMaker) -> None:
-        super().__init__(name, records, maker, *_usable(name, records, maker))
+        super().__init__(name, records, maker, *usable(name, records, maker))
 
     @property
     def classes(self) -> list[str]:
@@ -395,7 +406,7 @@ class EvalLabels(EvalData):
         return str(self.record(index).get("type", ""))
 
 
-def _usable(name: str, records: Records, maker: SampleMaker) -> tuple[list[int], list[BadRecord]]:
+def usable(name: str, records: Records, maker: SampleMaker) -> tuple[list[int], list[BadRecord]]:
     """Numbers of the records that have all but perhaps their picture, and what is wrong with the others."""
     numbers, bad = [], []
     for number in range(len(records)):

@@ -186,6 +186,27 @@ def answers_of(record: Mapping[str, Any], name: str = "") -> list[str]:
     return found
 
 
+def choices_of(record: Mapping[str, Any]) -> list[str]:
+    """A record's own candidates, as A-OKVQA has them; empty where it has none."""
+    return [text for text in _listed(record) if text.strip()]
+
+
+def correct_choice_of(record: Mapping[str, Any]) -> str | None:
+    """The right one of a record's choices, whose number it has; None where it is secret."""
+    number, choices = record.get("correct_choice"), _listed(record)
+    if isinstance(number, str) and number.isdecimal():  # of a table, whose cells are texts
+        number = int(number)
+    if not isinstance(number, int) or isinstance(number, bool):
+        return None
+    return choices[number] if 0 <= number < len(choices) else None
+
+
+def _listed(record: Mapping[str, Any]) -> list[str]:
+    listed = record.get("choices")
+    plain = isinstance(listed, list) and all(isinstance(item, str | int | float) for item in listed)
+    return [str(item) for item in listed or ()] if plain else []
+
+
 def label_number(label: Any, classes: Sequence[str]) -> int | None:
     """Number of a class that is given by name, in any case of letters, or by number; None: there is no such.
 
@@ -231,7 +252,6 @@ def _one_text(maker: SampleMaker, text: Any, name: str) -> str:
 class Kind:
     """What is common to all datasets of a kind."""
 
-    maker: type[SampleMaker]
     needs: tuple[tuple[str, ...], ...]
     """Columns without which the data is useless; of several in one entry any will do."""
     noun: str
@@ -243,23 +263,24 @@ class Kind:
 
 
 KINDS = {
-    "caption": Kind(
-        SampleMaker, (("image", "video"), ("caption",)), "captions", "blip_caption", ("retrieval", "caption")
+    "instruct": Kind(
+        (("image", "video"), ("text_input", "conversations"), ("text_output", "conversations")),
+        "instructions",
+        "plain_text",
+        ("instruct",),
     ),
-    "vqa": Kind(QuestionMaker, (("image", "video"), ("question",)), "questions", "blip_question", ("vqa",)),
+    "caption": Kind(
+        (("image", "video"), ("caption",)), "captions", "blip_caption", ("retrieval", "caption", "instruct")
+    ),
+    "vqa": Kind((("image", "video"), ("question",)), "questions", "blip_question", ("vqa", "instruct")),
     "nlvr": Kind(
-        PairMaker,
-        (("images", "image"), SENTENCE, ("label",)),
-        "sentences",
-        "blip_caption",
-        ("classification",),
+        (("images", "image"), SENTENCE, ("label",)), "sentences", "blip_caption", ("classification",)
     ),
     "classification": Kind(
-        LabelMaker,
         (("image", "video"), SENTENCE, ("label",)),
         "sentences",
         "blip_caption",
-        ("classification",),
+        ("classification", "instruct"),
     ),
 }
 
@@ -278,5 +299,6 @@ def kind_of(present: Collection[str], wanted: str | None = None) -> str:
         if wanted in KINDS[name].serves:
             return name
     signs = {"images": "nlvr", "question": "vqa", "sentence": "classification"}
+    signs |= {"text_output": "instruct", "conversations": "instruct"}
     likely = [name for sign, name in signs.items() if sign in present]
     return next(iter([*(name for name in likely if name in fitting), *fitting, *likely, "caption"]))

@@ -51,6 +51,8 @@ class LoaderConfig:
     """Leave out the samples of an epoch that do not fill a step; several sources always do so."""
     whole_steps: bool = False
     """In a mixture, draw the source per optimizer step, for contrastive losses over its micro-batches."""
+    sampling: str | None = None
+    """How ratios become weights of a mixture, see `mixing.mixture_weights`."""
     pad_id: int = 0
     """Token id that fills `text_ids`, `answer_ids` ... behind a text."""
     pin_memory: bool = False
@@ -77,7 +79,8 @@ class TrainLoader:
             and shards are drawn by batch, in proportion to size. Concatenated datasets must give equal keys
             and image sizes.
         config: sizes and switches.
-        ratios: name -> `sample_ratio`; every micro-batch then comes from one dataset, the same on all ranks.
+        ratios: name -> `sample_ratio`; with these, or with `sampling`, every micro-batch comes from one
+            dataset, the same on all ranks.
         tokenize: texts -> `text_ids`, `text_mask`, of `text_input` or by column; called in the workers.
         skips: told of the bad records and the number of good ones.
 
@@ -100,7 +103,7 @@ class TrainLoader:
         self._rank = dist.rank() if config.rank is None else config.rank
         self._tokenize, self._skips = tokenize, skips
         global_batch = config.batch_size * self._world
-        self._sources, weights = _sources(datasets, ratios or {}, global_batch, self._world)
+        self._sources, weights = _sources(datasets, ratios or {}, global_batch, self._world, config.sampling)
         self.plan = Plan(
             config.seed,
             global_batch,
@@ -249,6 +252,7 @@ def _sources(
     ratios: Mapping[str, float | None],
     global_batch: int,
     world: int,
+    sampling: str | None = None,
 ) -> tuple[list[Source], list[float]]:
     """What batches are drawn from, and with which weights."""
     if not datasets:
@@ -256,7 +260,8 @@ def _sources(
     empty = [name for name, dataset in datasets.items() if not len(dataset)]
     if empty:
         raise DataError(f"datasets.{empty[0]}: it has no samples; check its path and split")
-    weights = mixture_weights({name: ratios.get(name) for name in datasets})
+    sizes = {name: len(dataset) for name, dataset in datasets.items()}
+    weights = mixture_weights({name: ratios.get(name) for name in datasets}, sampling, sizes)
     sources: list[Source] = []
     pool: dict[int, MapDataset] = {}
     for number, (name, dataset) in enumerate(datasets.items()):

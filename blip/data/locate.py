@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class Source:
     """Official annotations of the split."""
     judged: Path | None = None
     """What is in the pictures of the embedded scenes."""
+    types: list[str] = field(default_factory=list)
+    """Types of the records to read; empty: all."""
+    templates: str = ""
+    """List of instructions where the section names none; empty: that of the kind."""
+    ocr: Path | None = None
+    """File of words read in the pictures; it may be missing where no template shows them."""
 
 
 class MissingData(DataError):
@@ -117,6 +123,7 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
     if layout == "auto" and all(_detected(name, path) == "shards" for path in paths):
         return _in_shards(name, config, _shards(name, texts, root, named), columns, named)
     source = Source(paths, layout, _roots(name, config, split, paths, root), columns, named)
+    source.types = list(config.types)
     kind = row.kind if row else "auto"
     source.kind = config.kind if config.kind != "auto" else "caption" if kind == "retrieval" else kind
     source.classes = tuple(config.classes)
@@ -124,13 +131,17 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
         source.captioned, source.suffix = row.captioned, row.suffix
         source.classes = source.classes or row.classes
         source.judged = root / row.judged[split] if split in row.judged else None
+        source.templates = row.templates
     _add_evaluation_files(source, name, config, split, root, row)
+    _add_words_read(source, name, config, split, root, row)
     return source
 
 
 def _in_shards(
     name: str, config: DatasetConfig, paths: list[Path], columns: dict[str, str], named: list[str]
 ) -> Source:
+    if config.types:
+        raise ConfigError(f"datasets.{name}.types: shards have no types; leave it out")
     if config.kind not in ("auto", "caption"):
         raise ConfigError(
             f"datasets.{name}.kind: shards hold pictures with captions; {config.kind} data is read from"
@@ -162,6 +173,19 @@ def _add_evaluation_files(
         source.official = _place(beside[3], root)
     elif official is None and row is not None and split in row.official:
         source.official = _existing(name, row.official[split], root, source.named, "annotation_file")
+
+
+def _add_words_read(
+    source: Source, name: str, config: DatasetConfig, split: str, root: Path, row: Row | None
+) -> None:
+    """The file of `ocr_tokens` that the section or the catalogue names."""
+    given = config.ocr_file
+    if isinstance(given, Mapping):
+        given = given.get(split)
+    if given:
+        source.ocr = _existing(name, str(given), root, [], "ocr_file")
+    elif given is None and row is not None and split in row.ocr:
+        source.ocr = root / row.ocr[split]
 
 
 def _detected(name: str, path: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,12 @@ from blip.data.samples import BadRecord
 from blip.errors import ConfigError
 
 _ID_BITS = 48
+_SHARES: dict[str, Callable[[int], float]] = {
+    "proportional": float,
+    "sqrt": math.sqrt,
+    "uniform": lambda size: 1.0,
+}
+"""Way of sampling -> weight of a dataset by its size."""
 
 
 class MapDataset(Protocol):
@@ -270,14 +276,25 @@ class Plan:
         ]
 
 
-def mixture_weights(ratios: Mapping[str, float | None]) -> dict[str, float] | None:
-    """Weights of the datasets of a mixture; None when no ratio is given.
+def mixture_weights(
+    ratios: Mapping[str, float | None], sampling: str | None = None, sizes: Mapping[str, int] | None = None
+) -> dict[str, float] | None:
+    """Weights of the datasets of a mixture; None when no ratio is given, and no way of sampling.
 
     Datasets without any ratio are not mixed by batch: map-style ones are concatenated.
+
+    Args:
+        ratios: name -> `sample_ratio`: the weight itself, or with `sampling` a factor on the weight.
+        sampling: `proportional` to the size, `sqrt`: to its square root (InstructBLIP, section 2.4), or
+            `uniform`; datasets without a ratio then have the factor 1. None: LAVIS's explicit ratios.
+        sizes: samples of each dataset, for `sampling`.
 
     Raises:
         ConfigError: some datasets have a ratio and some do not, or all ratios are 0.
     """
+    if sampling is not None:
+        shares = {name: _SHARES[sampling]((sizes or {})[name]) for name in ratios}
+        return _some({n: shares[n] * (1.0 if ratio is None else ratio) for n, ratio in ratios.items()})
     given = [name for name, ratio in ratios.items() if ratio is not None]
     if not given:
         return None
@@ -287,19 +304,16 @@ def mixture_weights(ratios: Mapping[str, float | None]) -> dict[str, float] | No
             f"datasets.{missing[0]}.sample_ratio: not given, but given for {', '.join(given)}; give every"
             " dataset a sample_ratio (their numbers of samples keep the proportions of the data), or none"
         )
-    weights = {name: float(ratio) for name, ratio in ratios.items() if ratio}
-    if not weights:
+    return _some({name: float(ratio) for name, ratio in ratios.items() if ratio is not None})
+
+
+def _some(weights: Mapping[str, float]) -> dict[str, float]:
+    found = {name: weight for name, weight in weights.items() if weight}
+    if not found:
         raise ConfigError(
-            f"datasets: sample_ratio is 0 for {', '.join(given)}; give at least one a ratio above 0"
+            f"datasets: sample_ratio is 0 for {', '.join(weights)}; give at least one a ratio above 0"
         )
-    return weights
-
-
-def sqrt_ratios(sizes: Mapping[str, int]) -> dict[str, float]:
-    """Ratios proportional to the square root of dataset sizes, summing to 1 (InstructBLIP, section 2.4)."""
-    roots = {name: math.sqrt(size) for name, size in sizes.items()}
-    total = sum(roots.values())
-    return {name: root / total for name, root in roots.items()}
+    return found
 
 
 def global_id(dataset: int, image_id: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from blip.atomic import write_file, write_text
 from blip.data import catalog
 from blip.data.catalog import Row
-from blip.data.readers import read_file
+from blip.data.readers import detect, read_file
 from blip.data.samples import MALFORMED, BadRecord
 from blip.data.shards import SIZES_FILE
 from blip.data.tars import find_shards, scan
@@ -28,7 +28,13 @@ PROBES = 500
 """Records per annotation file whose picture is looked for, evenly spread."""
 
 _TRIES = 20
-_TEXTS = {"caption": "captions", "question": "questions", "sentence": "sentences"}
+_TEXTS = {
+    "caption": "captions",
+    "question": "questions",
+    "sentence": "sentences",
+    "text_output": "outputs",
+    "conversations": "messages",
+}
 """Column -> what its texts are called."""
 
 
@@ -67,7 +73,8 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
         _prepare_shards(row, root, outcome)
         return outcome
     images = root / row.images
-    mapper = PathMapper(images, row.suffix) if images.is_dir() else None
+    column = row.columns.get("image", "image")
+    mapper = PathMapper(images, row.suffix, column) if images.is_dir() else None
     if mapper is None:
         outcome.missing.append(f"{images}{os.sep}: {row.pictures}")
     absent = []
@@ -77,7 +84,7 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
             if official is None:
                 absent.append(str(target))
             else:
-                outcome.lines += _prepare_file(split, official, target, mapper, outcome.missing)
+                outcome.lines += _prepare_file(split, official, target, mapper, column, outcome.missing)
     for target in (root / text for text in row.others):
         official = _find(target, downloads)
         if official is None:
@@ -99,16 +106,16 @@ def _find(target: Path, downloads: Path | None) -> Path | None:
 
 
 def _prepare_file(
-    split: str, official: Path, target: Path, mapper: PathMapper | None, missing: list[str]
+    split: str, official: Path, target: Path, mapper: PathMapper | None, column: str, missing: list[str]
 ) -> list[str]:
     """Validate an annotation file, and write it with relative paths where that changes anything."""
     records = malformed = absolute = moved = 0
     counts = Counter[str]()
-    for record in read_file(official, "json"):
+    for record in read_file(official, detect(official)):
         records += 1
         malformed += MALFORMED in record
         counts.update({noun: _count(record.get(key)) for key, noun in _TEXTS.items() if key in record})
-        images = _images(record)
+        images = _images(record, column)
         absolute += sum(map(os.path.isabs, images))
         moved += sum(mapper(image) != image for image in images) if mapper is not None else 0
     if not records:
@@ -130,18 +137,21 @@ def _prepare_file(
 
 
 def _rewrite(official: Path, target: Path, mapper: PathMapper | None) -> None:
-    """Write a list of records with one per line; what stood at `target` is kept as `.orig`."""
+    """Write records, one per line, as a list or as JSONL; what stood at `target` is kept as `.orig`."""
+    per_line = target.suffix == ".jsonl"
 
     def lines() -> Iterator[str]:
-        for number, record in enumerate(read_file(official, "json")):
-            if mapper is not None and "image" in record:
-                record = {**record, "image": mapper(str(record["image"]))}
+        for number, record in enumerate(read_file(official, detect(official))):
+            if mapper is not None and record.get(mapper.column) is not None:
+                record = {**record, mapper.column: mapper(str(record[mapper.column]))}
             if mapper is not None and isinstance(record.get("video"), str):
                 record = {**record, "video": mapper(record["video"])}
             if mapper is not None and isinstance(record.get("images"), list):
-                record = {**record, "images": [mapper(image) for image in _images(record)]}
-            yield ("[\n" if number == 0 else ",\n") + json.dumps(record)
-        yield "\n]\n"
+                record = {**record, "images": [mapper(image) for image in _images(record, mapper.column)]}
+            before = "" if per_line else "[\n" if number == 0 else ",\n"
+            yield before + json.dumps(record) + ("\n" if per_line else "")
+        if not per_line:
+            yield "\n]\n"
 
     def write(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
@@ -157,8 +167,8 @@ def _rewrite(official: Path, target: Path, mapper: PathMapper | None) -> None:
 def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: list[str]) -> list[str]:
     """How many of some pictures are there."""
     step = max(1, records // PROBES)
-    some = (record for i, record in enumerate(read_file(path, "json")) if i % step == 0)
-    probed = [image for record in some for image in _images(record) or [""]]
+    some = (record for i, record in enumerate(read_file(path, detect(path))) if i % step == 0)
+    probed = [image for record in some for image in _images(record, mapper.column) or [""]]
     absent = [image for image in probed if not mapper.has(image)]
     if absent:
         share = len(absent) / len(probed)
@@ -168,12 +178,12 @@ def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: li
     return [f"{split}: {len(probed) - len(absent)} of {len(probed)} pictures looked for are there"]
 
 
-def _images(record: dict[str, Any]) -> list[str]:
-    """The image paths of a record."""
+def _images(record: dict[str, Any], column: str) -> list[str]:
+    """The image paths of a record, one of which stands in a column of this name."""
     images = record.get("images")
     if isinstance(record.get("video"), str):
         return [record["video"]]
-    return [str(image) for image in (images if isinstance(images, list) else [record.get("image", "")])]
+    return [str(image) for image in (images if isinstance(images, list) else [record.get(column) or ""])]
 
 
 def _count(texts: Any) -> int:
@@ -190,11 +200,13 @@ class PathMapper:
     Args:
         root: folder of the pictures.
         suffix: added to names that have none.
+        column: of the annotations that holds the paths.
     """
 
-    def __init__(self, root: Path, suffix: str = "") -> None:
+    def __init__(self, root: Path, suffix: str = "", column: str = "image") -> None:
         self.root = root
         self.suffix = suffix
+        self.column = column
         self._parents: dict[str, str] = {}
         self._failures: dict[str, int] = {}
         self._names: dict[str, str] | None = None

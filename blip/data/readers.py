@@ -81,12 +81,16 @@ def _open(path: Path) -> TextIO:
 
 
 def read_json(path: Path) -> Iterator[Record]:
-    """Records of a JSON file: a list, COCO captions, a list under `data`, or an object of records by id."""
+    """Records of a JSON file: a list, COCO captions, a list under `data`, or an object of records by id.
+
+    A dialog of VisDial gives one record per turn, and a record with `questions` and as many `answers`, as
+    OCR-VQA has them, one per question.
+    """
     with _open(path) as file:
         stream = _JsonStream(file, path)
         if stream.peek() == "[":
             for item in stream.items():
-                yield item if isinstance(item, dict) else {MALFORMED: f"{_kind(item)}, not an object"}
+                yield from _each(item)
             return
         if stream.peek() != "{":
             start = f"it starts with {stream.peek()!r}" if stream.peek() else "the file is empty"
@@ -102,6 +106,9 @@ def _records_of(content: dict[str, Any], path: Path) -> Iterator[Record]:
     if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
         yield from _coco(content["images"], content["annotations"], path)
         return
+    if isinstance(content.get("data"), dict) and isinstance(content["data"].get("dialogs"), list):
+        yield from _visdial(content["data"], str(content.get("split", "")), path)
+        return
     items: Any = content
     # The official VQA files, and those that hold their records under `data`.
     listed = [key for key in ("data", "annotations", "questions") if isinstance(content.get(key), list)]
@@ -116,7 +123,52 @@ def _records_of(content: dict[str, Any], path: Path) -> Iterator[Record]:
             " COCO, 'data' with a list, or one record per key"
         )
     for item in items:
-        yield item if isinstance(item, dict) else {MALFORMED: f"{_kind(item)}, not an object"}
+        yield from _each(item)
+
+
+def _each(item: Any) -> Iterator[Record]:
+    """What an item of a list stands for: itself, or a record for each of its questions."""
+    if not isinstance(item, dict):
+        yield {MALFORMED: f"{_kind(item)}, not an object"}
+        return
+    questions, answers = item.get("questions"), item.get("answers")
+    if not (isinstance(questions, list) and isinstance(answers, list) and len(questions) == len(answers)):
+        yield item
+        return
+    rest = {key: value for key, value in item.items() if key not in ("questions", "answers")}
+    for question, answer in zip(questions, answers, strict=True):
+        yield {**rest, "question": question, "answer": answer}
+
+
+def _visdial(data: dict[str, Any], split: str, path: Path) -> Iterator[Record]:
+    """A record per turn: `question`, `answer`, `choices`, `correct_choice`, `caption`, and the `history`."""
+    questions: Any = data.get("questions")
+    answers: Any = data.get("answers")
+    try:
+        for dialog in data["dialogs"]:
+            image = f"VisualDialog_{split}/VisualDialog_{split}_{int(dialog['image_id']):012d}.jpg"
+            turns: list[str] = []
+            for number, turn in enumerate(dialog["dialog"]):
+                question = questions[turn["question"]]
+                known = {"answer": answers[turn["answer"]]} if "answer" in turn else {}
+                options = [answers[option] for option in turn.get("answer_options", ())]
+                yield {
+                    "image": image,
+                    "image_id": dialog["image_id"],
+                    "question_id": f"{dialog['image_id']}#{number}",
+                    "question": question,
+                    "history": " ".join(turns),
+                    **known,
+                    **({"caption": dialog["caption"]} if "caption" in dialog else {}),
+                    **({"choices": options} if options else {}),
+                    **({"correct_choice": turn["gt_index"]} if "gt_index" in turn else {}),
+                }
+                turns.append(f"q: {question} a: {known.get('answer', '')}".rstrip())
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path}: has 'dialogs' that cannot be read ({type(error).__name__}: {error}); give VisDial's own"
+            " file, whose turns number the lists 'questions' and 'answers'"
+        ) from error
 
 
 def _coco(images: list[Any], annotations: list[Any], path: Path) -> Iterator[Record]:

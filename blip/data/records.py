@@ -39,11 +39,14 @@ COLUMNS = {
     "label": ("label",),
     "text_input": ("text_input",),
     "text_output": ("text_output",),
+    "conversations": ("conversations",),
+    "type": ("type",),
     "prompt": ("prompt",),
     "choices": ("choices",),
     "correct_choice": ("correct_choice", "correct_choice_idx"),
     "context": ("context",),
     "history": ("history",),
+    "ocr_tokens": ("ocr_tokens",),
     "weight": ("weight",),
 }
 """Our columns, each with the names it is looked for under, best first, where `columns` says nothing."""
@@ -179,6 +182,38 @@ class HfRecords:
         return f"{self._where}[{index}]"
 
 
+class SomeRecords:
+    """Some of other records, with their own numbers.
+
+    Args:
+        records: all of them.
+        numbers: of those to keep, in order.
+    """
+
+    def __init__(self, records: PackedRecords | HfRecords, numbers: Sequence[int]) -> None:
+        self._records, self._numbers = records, np.array(numbers, np.int64)
+        self.pictures, self.num_pictures = number_pictures(records.pictures[self._numbers])
+        self.num_captions = records.num_captions[self._numbers]
+        self.columns = records.columns
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[int(self._numbers[index])]
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def picture(self, index: int, entry: Any) -> str | bytes:
+        """Path or content of a picture that record `index` names."""
+        return self._records.picture(int(self._numbers[index]), entry)
+
+    def where(self, index: int) -> str:
+        """File and number within it of a record, for messages."""
+        return self._records.where(int(self._numbers[index]))
+
+
 class ById:
     """Records by the value of one of their columns; in flat memory.
 
@@ -200,6 +235,33 @@ class ById:
         if place == len(self._keys) or self._keys[place] != key:
             return None
         return self._records[int(self._order[place])]
+
+
+def of_types(
+    records: PackedRecords | HfRecords, types: Sequence[str], name: str, limit: int | None = None
+) -> SomeRecords:
+    """The records of some types, by their column `type`.
+
+    Args:
+        records: all of them.
+        types: to keep.
+        name: of the dataset, for messages.
+        limit: number of records to keep; None: all.
+
+    Raises:
+        DataError: no record is of one of the types.
+    """
+    numbers: list[int] = []
+    found: dict[str, None] = {}
+    for number, record in enumerate(records):
+        found[own := str(record.get("type", ""))] = None
+        if own in types:
+            numbers.append(number)
+    if missing := [one for one in types if one not in found]:
+        known = [own for own in found if own]
+        text = hint(missing[0], known) if known else "; its records have no column 'type'"
+        raise DataError(f"datasets.{name}.types: no record is of type {missing[0]!r}{text}")
+    return SomeRecords(records, numbers[:limit])
 
 
 def read_records(

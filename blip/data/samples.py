@@ -70,6 +70,8 @@ class Sample(TypedDict, total=False):
     """float32 (2, 3): mean and std in units of [0, 1]; of both pictures where there are two."""
     text_input: str
     """Prompt and cleaned text."""
+    text_output: str
+    """What is to be written, where `text_input` is an instruction."""
     answer: list[str]
     """Different answers to a question, as they stand."""
     weight: list[float]
@@ -91,8 +93,8 @@ class BadRecord(DataError):
 
     Causes: missing_image, empty_image, truncated_image, unreadable_image, too_large, malformed_record,
     missing_video, empty_video, unreadable_video, no_video_reader, no_caption, bad_text, no_question,
-    no_answer, no_sentence, no_label, bad_label, no_features; shards add their own. A damaged_frame is
-    counted, but its video is used.
+    no_answer, no_sentence, no_label, bad_label, no_features, no_instruction, no_output, or no_X for another
+    place X of a template; shards add their own. A damaged_frame is counted, but its video is used.
 
     Args:
         cause: one word for the count.
@@ -159,6 +161,11 @@ class SampleMaker:
         """Whether records have `video`, not `image`."""
         return hasattr(self.vis_processor, "clip")
 
+    @property
+    def per_caption(self) -> bool:
+        """Whether a record with several captions counts once for each."""
+        return self.what == "caption"
+
     def __call__(
         self,
         record: Mapping[str, Any],
@@ -214,25 +221,41 @@ class SampleMaker:
         """Prompt and cleaned caption.
 
         Raises:
+            BadRecord: as `cleaned`.
+        """
+        return self.prompt + self.cleaned(caption, name, rng)
+
+    def cleaned(self, caption: Any, name: str, rng: Generator | None = None, what: str = "") -> str:
+        """A caption or another text, cleaned; of a list `rng` draws one.
+
+        Args:
+            caption: a text or a list of texts.
+            name: of the record.
+            rng: source of the draw.
+            what: how causes call it; empty: as the class does.
+
+        Raises:
             BadRecord: no_caption where nothing is left after cleaning; bad_text where it is no text.
         """
+        what = what or self.what
         if isinstance(caption, list) and caption:
             rng = np.random.default_rng() if rng is None else rng
             caption = caption[int(rng.integers(len(caption)))]
         if caption is None or caption == []:
-            raise BadRecord(f"no_{self.what}", name)
+            raise BadRecord(f"no_{what}", name)
         if not isinstance(caption, str):
-            raise BadRecord("bad_text", name, f"the {self.what} is {type(caption).__name__}, not text")
+            raise BadRecord("bad_text", name, f"the {what} is {type(caption).__name__}, not text")
         if not caption.isascii():
             try:
                 caption.encode()
             except UnicodeEncodeError as error:
-                raise BadRecord("bad_text", name, f"the {self.what} is not valid UTF-8") from error
-        text = self.text_processor(caption)
+                raise BadRecord("bad_text", name, f"the {what} is not valid UTF-8") from error
+        clean = getattr(self.text_processor, "clean", self.text_processor)
+        text = clean(caption)
         # Text processors may add a prompt of their own, so "nothing" is what they make of no text.
-        if text.strip() == self.text_processor("").strip():
-            raise BadRecord(f"no_{self.what}", name, f"nothing is left of {caption[:40]!r} after cleaning")
-        return self.prompt + text
+        if text.strip() == clean("").strip():
+            raise BadRecord(f"no_{what}", name, f"nothing is left of {caption[:40]!r} after cleaning")
+        return text
 
     def picture(self, image: Picture | Clip, name: str, rng: Generator | None = None) -> Sample:
         """`image`, `image_norm` and `instance_id` of a picture or video, and what is `damaged` of this.

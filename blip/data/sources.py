@@ -11,20 +11,24 @@ from typing import Any
 from blip.config.schema import DatasetConfig
 from blip.data import catalog
 from blip.data.datasets import PairDataset
+from blip.data.eval_instruct import EvalInstructions, EvalTold, outputs_by_type
 from blip.data.evaluation import EvalCaptions, EvalLabels, EvalPairs, EvalQuestions
 from blip.data.features import FeatureStore
+from blip.data.instruct import InstructMaker, chosen_templates
 from blip.data.kinds import KINDS, TRUTH_VALUES, LabelMaker, PairMaker, QuestionMaker, kind_of
 from blip.data.locate import MissingData, Source, available_splits, locate
 from blip.data.readers import Record, read_file
-from blip.data.records import HfRecords, PackedRecords, read_records
+from blip.data.records import HfRecords, PackedRecords, SomeRecords, of_types, read_records
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
 from blip.data.truth import SceneJudge, all_answers, all_labels, read_answer_list, read_official
 from blip.data.video import HOW_TO_READ, find_frames, installed_reader
 from blip.errors import ConfigError, DataError, hint
 from blip.registry import PROCESSORS
+from blip.templates import places
 
-Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels
+Records = PackedRecords | HfRecords | SomeRecords
+Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels | EvalInstructions
 
 
 def build_dataset(
@@ -67,9 +71,10 @@ def build_dataset(
         if config.max_samples is not None:
             raise ConfigError(f"datasets.{name}.max_samples: shards are not cut; name fewer of them in path")
         _check_kind(name, "caption", wanted)
+        maker = _told(name, config, source, maker, "caption", (), wanted, train) or maker
         maker.columns = source.columns  # records of other layouts are renamed when they are read
         return ShardDataset(name, source.paths, maker, config.lanes, config.window, config.image_ids)
-    source.captioned = train or wanted != "caption"
+    source.captioned = train or wanted not in ("caption", "instruct")
     records = read_source(name, source, config.max_samples, wanted)
     kind = found_kind(source, records, wanted)
     _check_kind(name, kind, wanted)
@@ -78,10 +83,64 @@ def build_dataset(
     maker = make_maker(name, config, stage, image_size, kind, classes, video)
     _check_columns(name, config, stage, maker, records.columns)
     check_pictures(name, records, maker, source.named)
+    told = _told(name, config, source, maker, kind, classes, wanted, train)
     if train:
+        maker = told or maker
         maker.features = open_features(name, config, data_root)
-        return PairDataset(name, records, maker, config.image_ids and kind == "caption")
-    return _evaluation(name, config, source, records, maker, wanted or KINDS[kind].serves[0], data_root)
+        return PairDataset(name, records, maker, config.image_ids and kind == "caption" and told is None)
+    if told is None:
+        asked = wanted or KINDS[kind].serves[0]
+        return _evaluation(name, config, source, records, maker, asked, data_root)
+    if kind == "instruct":
+        data = EvalTold(name, records, told).verify()
+    else:
+        data = _evaluation(name, config, source, records, maker, kind, data_root)
+    return EvalInstructions(data, told, partial(_outputs, name, config, told, data_root))
+
+
+def _told(
+    name: str,
+    config: DatasetConfig,
+    source: Source,
+    maker: SampleMaker,
+    kind: str,
+    classes: Sequence[str],
+    wanted: str | None,
+    train: bool,
+) -> InstructMaker | None:
+    """What makes instructions of records, with the processors of `maker`; None where they stay as they are.
+
+    Raises:
+        ConfigError: templates that do not fit the records.
+        MissingData: the words that they show lie in a file that is not there.
+    """
+    given = config.templates or getattr(maker.text_processor, "templates", None)
+    templates = chosen_templates(name, given, source.templates, kind, wanted, train)
+    if templates is None:
+        return None
+    told = InstructMaker(
+        maker.vis_processor,
+        maker.text_processor,
+        config.prompt,
+        kind=kind,
+        templates=templates,
+        classes=classes,
+    )
+    told.answered = train
+    if source.ocr is not None and any("ocr" in places(template) for template in templates):
+        if not source.ocr.is_file():
+            problem = f"datasets.{name}.ocr_file: no file {str(source.ocr)!r}; empty goes without such words"
+            raise MissingData(problem, source.named)
+        told.ocr = read_official(source.ocr, "image_id")
+    return told
+
+
+def _outputs(
+    name: str, config: DatasetConfig, maker: InstructMaker, data_root: str | Path | None
+) -> dict[str, list[str]] | None:
+    """The outputs of the training records by type, for ranking; None where there is no such split."""
+    records = _training_records(name, config, data_root)
+    return None if records is None else outputs_by_type(records, maker)
 
 
 def open_features(
@@ -106,7 +165,7 @@ def _evaluation(
     name: str,
     config: DatasetConfig,
     source: Source,
-    records: PackedRecords | HfRecords,
+    records: Records,
     maker: Any,
     wanted: str,
     data_root: str | Path | None,
@@ -164,9 +223,7 @@ def _check_columns(
         )
 
 
-def read_source(
-    name: str, source: Source, limit: int | None = None, wanted: str | None = None
-) -> PackedRecords | HfRecords:
+def read_source(name: str, source: Source, limit: int | None = None, wanted: str | None = None) -> Records:
     """The records of a located split, with the columns that its kind needs.
 
     Args:
@@ -180,12 +237,14 @@ def read_source(
         kind = source.kind if source.kind != "auto" else kind_of(present, wanted)
         return [some for some in KINDS[kind].needs if source.captioned or some != ("caption",)]
 
-    return read_records(
-        source.paths, source.layout, source.columns, source.roots, name, limit, required, source.suffix
+    own = None if source.types else limit
+    records = read_records(
+        source.paths, source.layout, source.columns, source.roots, name, own, required, source.suffix
     )
+    return of_types(records, source.types, name, limit) if source.types else records
 
 
-def found_kind(source: Source, records: PackedRecords | HfRecords, wanted: str | None = None) -> str:
+def found_kind(source: Source, records: Records, wanted: str | None = None) -> str:
     """What the records of a located split are, a key of `kinds.KINDS`."""
     return source.kind if source.kind != "auto" else kind_of(records.columns, wanted)
 
@@ -248,18 +307,14 @@ def answer_candidates(
     return read_answer_list(source.answer_list)
 
 
-def _training_records(
-    name: str, config: DatasetConfig, data_root: str | Path | None
-) -> PackedRecords | HfRecords | None:
+def _training_records(name: str, config: DatasetConfig, data_root: str | Path | None) -> Records | None:
     """All records of the training split; None where there is no such split."""
     if "train" not in available_splits(name, config, data_root):
         return None
     return read_source(name, locate(name, config, "train", data_root))
 
 
-def check_pictures(
-    name: str, records: PackedRecords | HfRecords, maker: SampleMaker, named: Iterable[str] = ()
-) -> None:
+def check_pictures(name: str, records: Records, maker: SampleMaker, named: Iterable[str] = ()) -> None:
     """Raise where none of the first pictures or videos exists: that is a wrong folder, not damaged data.
 
     Raises:
@@ -336,6 +391,8 @@ def make_maker(
     entry = texts.get(stage) or next(iter(texts.values()), {"name": KINDS[kind].text_processor})
     text = make_processor(entry, f"datasets.{name}.text_processor.{stage}", images=False)
     train = stage == "train"
+    if kind == "instruct":
+        return InstructMaker(vis, text, config.prompt, answered=train)
     if kind == "vqa":
         return QuestionMaker(vis, text, config.prompt, answer_weight=config.answer_weight, answered=train)
     if kind == "nlvr":

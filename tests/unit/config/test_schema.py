@@ -82,3 +82,17 @@ def test_configs_are_equal_whatever_their_origins() -> None:
         Config(ModelConfig(), {}, RunConfig(max_iters=1), origins={"run.seed": origin}) for origin in "ab"
     )
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"templates": "captoin"}, r"templates: no list 'captoin'; did you mean 'caption'\?"),
+        ({"templates": ["Q: {q}"]}, r"templates: 'Q: \{q\}' has no place \{q\}"),
+        ({"types": ["a", "b", "a"]}, "types: 'a' stands there twice"),
+    ],
+)
+def test_instructions_that_cannot_be_made_are_refused(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        DatasetConfig(**values)
+    DatasetConfig(templates=["vqa", "Q: {} A:", "[{context} ]{question}"], types=["a", "b"])

@@ -21,6 +21,7 @@ def test_names_of_lavis_and_of_the_embedded_data_are_known() -> None:
     assert [name for name in catalog.names() if CATALOG[name].embedded] == [
         "scenes",
         "scenes_vqa",
+        "scenes_instruct",
         "scenes_nlvr",
         "scenes_answers",
         "scenes_web",

@@ -59,7 +59,7 @@ def test_scenes_are_made_listed_and_checked(root: Path, capsys: Captured) -> Non
     assert f"{root}/scenes: 12 train, 4 val, 4 test, 8 web images of 16 px" in capsys.readouterr().out
     assert main(["list"]) == 0
     ready = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " ready " in line]
-    kinds = ["scenes_vqa", "scenes_nlvr", "scenes_answers"]
+    kinds = ["scenes_vqa", "scenes_instruct", "scenes_nlvr", "scenes_answers"]
     assert ready == ["scenes", *kinds, "scenes_web", "scenes_shards", "scenes_web_shards"]
     for name, text in (
         ("scenes", "scenes train: 24 records, 12 pictures, 24 captions"),

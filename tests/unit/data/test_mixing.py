@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip import keyed
-from blip.data.mixing import Draw, MapSource, Plan, Share, global_id, mixture_weights, sqrt_ratios
+from blip.data.mixing import Draw, MapSource, Plan, Share, global_id, mixture_weights
 from blip.errors import ConfigError
 
 
@@ -133,9 +133,17 @@ def test_shares_are_contiguous_in_rank_and_worker_order() -> None:
                 assert [row for share in shares for row in share.of(total)] == list(range(total))
 
 
-def test_square_root_ratios_are_those_of_the_paper() -> None:
-    ratios = sqrt_ratios({"a": 100, "b": 400, "c": 900})
-    np.testing.assert_allclose(list(ratios.values()), [1 / 6, 2 / 6, 3 / 6])
+def test_sampling_makes_weights_of_sizes_and_a_ratio_a_factor() -> None:
+    sizes, none = {"a": 100, "b": 400, "c": 900}, dict.fromkeys("abc")
+    table = {"proportional": [1, 4, 9], "sqrt": [1, 2, 3], "uniform": [1, 1, 1]}  # sqrt: InstructBLIP, 2.4
+    for sampling, expected in table.items():
+        found = mixture_weights(none, sampling, sizes)
+        assert found is not None
+        np.testing.assert_allclose(np.array(list(found.values())) / found["a"], expected)
+    assert mixture_weights({"a": None, "b": 0.5, "c": 0.0}, "sqrt", sizes) == {"a": 10.0, "b": 10.0}
+    assert mixture_weights({"a": 2.0, "b": 3.0}, None, sizes) == {"a": 2.0, "b": 3.0}  # LAVIS: the ratios
+    with pytest.raises(ConfigError, match="sample_ratio is 0 for a, b"):
+        mixture_weights({"a": 0.0, "b": 0.0}, "uniform", sizes)
 
 
 def test_weights_are_the_ratios_that_are_not_zero() -> None:
