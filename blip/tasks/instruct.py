@@ -1,0 +1,259 @@
+"""Instruction tuning: what is to be written is written or ranked, and right where it is what people wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from blip import dist
+from blip.batch import Batch, EvalContext, to_device
+from blip.config.schema import RunConfig
+from blip.errors import ConfigError
+from blip.metrics.caption import caption_scores
+from blip.metrics.vqa import AnswerScores, exact_match, vqa_accuracy
+from blip.registry import TASKS
+from blip.tasks.base import Evaluation, Prediction, Task, on_main
+
+RIGHT = 0.5
+"""An output of at least this accuracy counts as right in predictions."""
+
+
+class InstructionData(Protocol):
+    """Instructions about pictures, as evaluation sees them; batches hold them under `text_input`."""
+
+    name: str
+    in_words: bool
+    """Whether captions or questions are to be written, which are also compared as captions are."""
+
+    def __len__(self) -> int:
+        """Number of instructions on all ranks."""
+        ...
+
+    def instruction(self, index: int) -> str:
+        """What the model is told."""
+        ...
+
+    def references(self, index: int) -> list[str]:
+        """What people wrote; empty where it is secret."""
+        ...
+
+    def choices(self, index: int) -> list[str]:
+        """The record's own candidates; empty where it has none."""
+        ...
+
+    def candidates(self, index: int) -> list[str]:
+        """What may be ranked: its own candidates, else a list; empty where there is neither."""
+        ...
+
+    def task_type(self, index: int) -> str:
+        """Kind of instruction; empty where nothing is known."""
+        ...
+
+    def instance_id(self, index: int) -> str:
+        """Name of an instruction, for predictions and reports."""
+        ...
+
+    def picture(self, index: int) -> str | None:
+        """Path of the picture, where it is a file of its own."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's instructions in order, `dist.slices(len(self))`."""
+        ...
+
+
+@dataclass
+class InstructRun(RunConfig):
+    """Run keys of instruction tuning."""
+
+    inference_method: Literal["auto", "generate", "rank"] = "auto"
+    """`rank`: take the most likely of an instruction's choices, of the dataset's answer list, or of what its
+    type has as outputs in training; `generate`: write; `auto`: rank where a record has its own choices."""
+    num_ans_candidates: int = 1000
+    """Instructions with more candidates than this, and without choices of their own, are written to."""
+    num_beams: int = 5
+    """Texts that are followed at once."""
+    max_len: int = 30
+    """Longest text that is written, in tokens."""
+    min_len: int = 1
+    """Shortest one."""
+    length_penalty: float | None = None
+    """Scores of beams are divided by the length to this power; None: the model's own."""
+    repetition_penalty: float | None = None
+    """Above 1, words that are there become less likely; None: the model's own."""
+
+    def problems(self) -> list[str]:
+        """Settings of generation and ranking that make no sense."""
+        found = super().problems() + self._at_least(1, "num_ans_candidates", "num_beams", "max_len")
+        found += self._at_least(0, "min_len") + self._at_least(1e-6, "repetition_penalty")
+        if self.min_len > self.max_len:
+            found.append(f"min_len: {self.min_len} is above max_len ({self.max_len})")
+        return found
+
+    def generation(self) -> dict[str, Any]:
+        """Arguments of the model's `generate`; what is left to the model is not among them."""
+        given = {
+            "num_beams": self.num_beams,
+            "max_length": self.max_len,
+            "min_length": self.min_len,
+            "length_penalty": self.length_penalty,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class Made(NamedTuple):
+    """What a model makes of an instruction."""
+
+    text: str
+    order: Sequence[str] = ()
+    """Candidates from the most to the least likely one, as far as the model tells; empty: it was written."""
+
+
+@TASKS.register("instruct_tuning")
+class InstructTuning(Task):
+    """`acc`: the percentage of outputs that are what people wrote, and that of each type of instruction.
+
+    Both are cleaned as answers to questions are; where several people answered, it is the VQA accuracy.
+    `MRR`, the mean reciprocal rank in percent, where more than two candidates are ranked (VisDial's measure).
+    Where captions or questions are to be written, also `CIDEr`, `Bleu_1` to `Bleu_4` and `ROUGE_L`.
+    """
+
+    run_config_class = InstructRun
+    needs = ("generate", "predict_answers")
+    monitor: ClassVar[str] = "acc"
+    data_kind: ClassVar[str] = "instruct"
+
+    def check_data(self, data: InstructionData) -> None:
+        """Raise where outputs are to be ranked and nothing says which there may be.
+
+        Raises:
+            ConfigError: no instruction has candidates.
+        """
+        if self.config.inference_method != "rank" or any(data.candidates(i) for i in range(len(data))):
+            return
+        raise ConfigError(
+            f"run.inference_method: rank needs candidates, and datasets.{data.name} has none; give it"
+            " choices, an answer_list or a train split, or use run.inference_method=generate"
+        )
+
+    def evaluate(self, model: Any, data: InstructionData, context: EvalContext) -> Evaluation:
+        """What the model makes of every instruction of this rank's share."""
+        predictions: list[Prediction] = []
+        for batch in data.batches():
+            samples = to_device(dict(batch), context.device)
+            with context.autocast():
+                outputs = self._outputs(model, data, samples)
+            for index, made in zip(batch["index"].tolist(), outputs, strict=True):
+                predictions.append(_prediction(data, index, made))
+        return Evaluation(predictions, lambda: self._metrics(data, predictions))
+
+    def candidates(self, data: InstructionData, index: int) -> list[str]:
+        """What is ranked; empty: the output is written."""
+        if self.config.inference_method == "generate":
+            return []
+        if self.config.inference_method == "auto":
+            return data.choices(index)
+        found = data.candidates(index)
+        few = len(found) <= self.config.num_ans_candidates
+        return found if few or data.choices(index) else []
+
+    def _outputs(self, model: Any, data: InstructionData, samples: dict[str, Any]) -> list[Made]:
+        """What the model makes of each instruction of a batch."""
+        indices = samples["index"].tolist()
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for row, index in enumerate(indices):
+            groups.setdefault(tuple(self.candidates(data, index)), []).append(row)
+        pictures = "image" in samples and samples["image"].ndim == 4  # not videos, whose frames go one by one
+        if len(groups) > 1 and pictures and hasattr(model, "image_states"):
+            states = model.image_states(samples)  # once for all groups
+            samples = {key: value for key, value in samples.items() if key != "image"}
+            samples["image_embeds"] = states
+        found: dict[int, Made] = {}
+        for listed, rows in groups.items():
+            own = {key: _rows(value, rows, len(indices)) for key, value in samples.items()}
+            if listed:
+                made = [Made(order[0], order) for order in _ranked(model, own, listed)]
+            else:
+                texts = model.generate(own, prompt=list(own["text_input"]), **self.config.generation())
+                made = [Made(text) for text in texts]
+            found |= dict(zip(rows, made, strict=True))
+        return [found[row] for row in range(len(indices))]
+
+    def _metrics(self, data: InstructionData, predictions: list[Prediction]) -> dict[str, float]:
+        own = AnswerScores()
+        for prediction in predictions:
+            if prediction["truth"]:
+                right = _accuracy(data, prediction["answer"], prediction["truth"])
+                own.add(right, data.task_type(prediction["index"]))
+        rows = [row for part in dist.gather_objects(own.rows) for row in part]
+        found = AnswerScores(rows).means("acc", questions="type")
+        places = [1 / p["rank"] for p in predictions if "rank" in p]
+        if every := [place for part in dist.gather_objects(places) for place in part]:
+            found["MRR"] = 100 * math.fsum(every) / len(every)
+        return found | (self._as_captions(data, predictions) if data.in_words else {})
+
+    def _as_captions(self, data: InstructionData, predictions: list[Prediction]) -> dict[str, float]:
+        """Scores of captions; rank 0 computes them, since CIDEr looks at the whole corpus."""
+        own = [(p["index"], p["answer"]) for p in predictions if p["truth"]]
+        every = dict(row for part in dist.gather_objects(own) for row in part)
+
+        def score() -> dict[str, float]:
+            indices = sorted(every)
+            if not indices:
+                return {}
+            truths = [data.references(index) for index in indices]
+            return caption_scores([every[index] for index in indices], truths, [])
+
+        return on_main(score)
+
+
+def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str]) -> list[list[str]]:
+    """Candidates from the most to the least likely one for each instruction; the best only if that is all."""
+    if hasattr(model, "predict_class"):
+        samples = dict(samples)
+        prompts = list(samples.pop("text_input"))
+        orders = model.predict_class(samples, candidates=list(listed), prompt=prompts)
+        return [[listed[number] for number in order] for order in orders.tolist()]
+    how = {"inference_method": "rank", "answer_list": list(listed), "prompt": "{}"}
+    return [[text] for text in model.predict_answers(samples, **how)]
+
+
+def _prediction(data: InstructionData, index: int, made: Made) -> Prediction:
+    truths, kind = data.references(index), data.task_type(index)
+    found: Prediction = {
+        "index": index,
+        "instance_id": data.instance_id(index),
+        "image": data.picture(index),
+        **({"type": kind} if kind else {}),
+        "question": data.instruction(index),
+        "answer": made.text,
+        "ranked": bool(made.order),
+        "truth": truths,
+    }
+    if truths:
+        found["accuracy"] = round(_accuracy(data, made.text, truths), 4)
+        found["right"] = found["accuracy"] >= RIGHT
+    if len(made.order) > 2 and truths and truths[0] in made.order:
+        found["rank"] = 1 + made.order.index(truths[0])
+    return found
+
+
+def _accuracy(data: InstructionData, output: str, truths: Sequence[str]) -> float:
+    """How right an output is, 0 to 1; of several captions it has to equal one."""
+    if data.in_words:
+        return max(exact_match(output, truth) for truth in truths)
+    return vqa_accuracy(output, truths)
+
+
+def _rows(value: Any, rows: Sequence[int], total: int) -> Any:
+    """Some rows of what a batch has for each of its rows; else the value itself."""
+    if isinstance(value, Tensor) and value.ndim and len(value) == total:
+        return value[list(rows)]
+    if isinstance(value, list) and len(value) == total:
+        return [value[row] for row in rows]
+    return value

@@ -1,0 +1,208 @@
+"""Facts about instruction tuning: what is written, what is ranked, and what counts as right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip.batch import Output
+from blip.config.schema import SectionError
+from blip.errors import ConfigError
+from blip.registry import TASKS
+from blip.tasks.instruct import InstructRun
+from tests.unit.tasks.conftest import CONTEXT, FakeData
+
+TRUTHS = [["Red"], ["a dog"], ["yes"], [], ["2"] * 4 + ["3"] * 6]
+SAID = ["red.", "a cat", "no", "whatever", "two"]
+TYPES = ["color", "name", "verify", "color", ""]
+CHOICES = [[], [], ["yes", "no"], [], []]
+
+
+class Told(FakeData):
+    in_words = False
+
+    def columns(self, indices: list[int]) -> dict[str, Any]:
+        return {"text_input": [f"do {i}" for i in indices]}
+
+    def instruction(self, index: int) -> str:
+        return f"do {index}"
+
+    def references(self, index: int) -> list[str]:
+        return TRUTHS[index]
+
+    def task_type(self, index: int) -> str:
+        return TYPES[index]
+
+    def choices(self, index: int) -> list[str]:
+        return CHOICES[index]
+
+    def candidates(self, index: int) -> list[str]:
+        return CHOICES[index] or (["red", "green", "blue"] if TYPES[index] == "color" else [])
+
+
+class Writer:
+    """Writes what `SAID` says, and takes the last candidate for the likeliest."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def generate(self, samples: dict[str, Any], prompt: list[str], **how: Any) -> list[str]:
+        self.calls.append(("generate", prompt, how))
+        assert len(samples["image"] if "image" in samples else samples["image_embeds"]) == len(prompt)
+        return [SAID[int(text.split()[1])] for text in prompt]
+
+    def predict_answers(self, samples: dict[str, Any], answer_list: list[str], **how: Any) -> list[str]:
+        self.calls.append(("rank", samples["text_input"], {"answer_list": answer_list, **how}))
+        return [answer_list[-1]] * len(samples["text_input"])
+
+
+class Ranker(Writer):
+    """Ranks candidates from the last to the first."""
+
+    def image_states(self, samples: dict[str, Any]) -> Tensor:
+        return samples["image"].flatten(1)
+
+    def predict_class(self, samples: dict[str, Any], candidates: list[str], prompt: list[str]) -> Tensor:
+        assert "text_input" not in samples
+        self.calls.append(
+            ("order", prompt, {"candidates": candidates, "rows": len(samples.get("image_embeds", prompt))})
+        )
+        return torch.arange(len(candidates)).flip(0).expand(len(prompt), -1)
+
+
+def task(**run: Any) -> Any:
+    return TASKS.get("instruct_tuning")(InstructRun(evaluate=True, **run))
+
+
+def test_training_is_the_model_s_own_loss() -> None:
+    loss = torch.tensor(2.0)
+    assert task().train_step(lambda batch: Output(loss=batch["x"]), {"x": loss}).loss is loss
+
+
+def test_what_is_written_is_right_where_it_equals_what_people_wrote() -> None:
+    found = task().evaluate(Writer(), Told(5), CONTEXT)
+    vote = (4 * 1.0 + 6 * 1.0) / 10  # "two" is "2", which four of ten people wrote
+    assert found.metrics() == pytest.approx(
+        {
+            "acc": 100 * (1 + 0 + 0 + vote) / 4,
+            "type_color": 100.0,
+            "type_name": 0.0,
+            "type_verify": 0.0,
+        }
+    )
+    assert found.predictions[0] == {
+        "index": 0,
+        "instance_id": "fake/0",
+        "image": None,
+        "type": "color",
+        "question": "do 0",
+        "answer": "red.",
+        "ranked": False,
+        "truth": ["Red"],
+        "accuracy": 1.0,
+        "right": True,
+    }
+    assert "right" not in found.predictions[3]
+
+
+def test_choices_are_ranked_and_the_rest_is_written() -> None:
+    model = Writer()
+    found = task(num_beams=2, max_len=9, length_penalty=0.5).evaluate(model, Told(3), CONTEXT)
+    how = {"num_beams": 2, "max_length": 9, "min_length": 1, "length_penalty": 0.5}
+    assert model.calls == [
+        ("generate", ["do 0", "do 1"], how),
+        ("rank", ["do 2"], {"answer_list": ["yes", "no"], "inference_method": "rank", "prompt": "{}"}),
+    ]
+    assert [(p["answer"], p["ranked"]) for p in found.predictions] == [
+        ("red.", False),
+        ("a cat", False),
+        ("no", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "ranked"),
+    [
+        ("auto", {}, [False, False, True, False]),
+        ("generate", {}, [False] * 4),
+        ("rank", {}, [True, False, True, True]),
+        ("rank", {"num_ans_candidates": 2}, [False, False, True, False]),
+    ],
+)
+def test_what_is_ranked_depends_on_the_method(method: str, more: dict[str, Any], ranked: list[bool]) -> None:
+    found = task(inference_method=method, **more).evaluate(Ranker(), Told(4), CONTEXT)
+    assert [p["ranked"] for p in found.predictions] == ranked
+
+
+def test_a_batch_of_several_lists_looks_at_its_pictures_once() -> None:
+    model = Ranker()
+    task(inference_method="rank").evaluate(model, Told(4), CONTEXT)
+    assert model.calls[:2] == [
+        ("order", ["do 0"], {"candidates": ["red", "green", "blue"], "rows": 1}),
+        ("generate", ["do 1"], {"num_beams": 5, "max_length": 30, "min_length": 1}),
+    ]
+
+
+def test_the_reciprocal_rank_is_that_of_the_right_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Told, "references", lambda self, index: ["green"])
+    found = task(inference_method="rank").evaluate(Ranker(), Told(4), CONTEXT)
+    assert [p.get("rank") for p in found.predictions] == [2, None, None, 2]  # of two, the rank says no more
+    assert found.metrics()["MRR"] == pytest.approx(50.0)
+
+
+def test_captions_are_also_scored_as_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Told, "in_words", True)
+    truths = [["a red ball", "red."], ["a small dog runs"], ["no way", "yes"], [], ["two big balls"]]
+    monkeypatch.setattr(Told, "references", lambda self, index: truths[index])
+    found = task(inference_method="generate").evaluate(Writer(), Told(5), CONTEXT).metrics()
+    assert found["acc"] == pytest.approx(100 * 1 / 4)  # one of the captions, as it stands
+    assert {"CIDEr", "Bleu_4", "ROUGE_L"} <= set(found)
+    assert "METEOR" not in found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_has_the_scores_of_all(
+    world: int, on_ranks: Callable[[int, Callable[[], Any]], list[Any]]
+) -> None:
+    def scores() -> dict[str, float]:
+        return task(inference_method="rank").evaluate(Ranker(), Told(5), CONTEXT).metrics()
+
+    alone = scores()
+    assert on_ranks(world, scores) == [pytest.approx(alone)] * world
+
+
+def test_ranking_without_candidates_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    task(inference_method="rank").check_data(Told(5))
+    monkeypatch.setattr(Told, "candidates", lambda self, index: [])
+    task().check_data(Told(5))
+    with pytest.raises(
+        ConfigError, match=r"run\.inference_method: rank needs candidates, and datasets\.fake"
+    ):
+        task(inference_method="rank").check_data(Told(5))
+
+
+def test_a_model_that_writes_nothing_is_refused() -> None:
+    class Blind:
+        config = InstructRun(evaluate=True)
+
+    Blind.config.arch = "blip2"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="InstructTuning needs a model with generate, predict_answers"):
+        task().check(Blind())
+
+
+@pytest.mark.parametrize(
+    ("run", "problem"),
+    [
+        ({"min_len": 40}, r"min_len: 40 is above max_len \(30\)"),
+        ({"num_beams": 0}, "num_beams: 0 is below 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 is below"),
+        ({"num_ans_candidates": 0}, "num_ans_candidates: 0 is below 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(run: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SectionError, match=problem):
+        InstructRun(evaluate=True, **run)
