@@ -44,7 +44,13 @@ IGNORED_MODEL = {
     "med_config_path": "the sizes of the text model are keys of the model section",
     "format_candidates_prompt": "it serves 3D classification, which is no part of the BLIP family",
     "predict_with_gen": "it serves 3D classification, which is no part of the BLIP family",
+    **dict.fromkeys(
+        ("num_few_shot_examples", "few_shot_prob"),
+        "no dataset has samples of a few shots, and the published models were trained without",
+    ),
 }
+LANGUAGE_MODELS = ("opt_model", "t5_model")
+"""What LAVIS calls `llm_model` in BLIP-2."""
 IGNORED_DATASET = {
     "batch_size": "batches are made after mixing; run.batch_size_train says how large",
     "kw_processor": "no model of the BLIP family reads keywords",
@@ -61,6 +67,7 @@ TASK_KEYS = {
 }
 """Run keys that belong to some task; with another task they have no effect."""
 
+QUESTION_TASKS = ("vqa", "gqa", "aok_vqa")
 GENERATING = ("max_len", "min_len", "num_beams")
 """Run keys of question answering that answers which are ranked have no use for."""
 
@@ -73,16 +80,31 @@ REFUSED_PROCESSORS = {
     "gpt_dialogue": "serves video dialogue, which is no part of the BLIP family",
     "ulip_pc": "reads point clouds, and this library reads pictures and videos only",
 }
-REFUSED_TASKS = {
-    "dialogue": "video dialogue is no part of the BLIP family",
-    "instruct_tuning": UNRELEASED,
-}
+REFUSED_TASKS = {"dialogue": "video dialogue is no part of the BLIP family"}
 
 LAUNCH_KEYS = ("dist_url", "world_size", "distributed", "runner")
 """Keys that tell a file written for LAVIS: every file of its `projects` folder has some of them."""
 
 SAME_FILES = {("coco_vqa", "eval")}
 """Variants of datasets whose files are those of the default one, with some splits left out."""
+VARIANTS = {
+    ("gqa", f"balanced_{name}"): {
+        "train": "gqa/annotations/train_balanced_questions.json",
+        "val": f"gqa/annotations/{name}_balanced_questions.json",
+        "test": "gqa/annotations/test_balanced_questions.json",
+    }
+    for name in ("val", "testdev")
+}
+"""Variants of datasets -> the files of their splits; the pictures are those of the default one."""
+UNUSED_OPTIONS = {
+    "alpro_video_eval": {
+        "min_scale": "evaluation crops nothing",
+        "max_scale": "evaluation crops nothing",
+        "full_video": "frames are always taken from the whole video",
+    },
+    "alpro_video_train": {"full_video": "frames are always taken from the whole video"},
+}
+"""Options of processors that change nothing in LAVIS, or nothing else than what is done here."""
 
 LAVIS_SCHEDULE = (
     "counted and scheduled per optimizer step here; run.lr_per_epoch=true gives LAVIS's staircase, whose"
@@ -154,6 +176,10 @@ def translate(tree: dict[str, Any], run_keys: Collection[str], model_keys: Colle
 
 def _model(result: Translation, model: dict[str, Any], keys: Collection[str]) -> None:
     _ignore(result, model, "model", IGNORED_MODEL, keys)
+    for key in (k for k in LANGUAGE_MODELS if k in model and k not in keys):
+        name = model.pop(key)
+        if model.setdefault("llm_model", name) != name:
+            result.note(f"model.{key}", f"ignored: model.llm_model={model['llm_model']} is given too")
     arch, model_type = model.get("arch"), model.get("model_type")
     if isinstance(arch, str) and isinstance(model_type, str) and (arch, model_type) in MODEL_TYPES:
         model["model_type"] = MODEL_TYPES[arch, model_type]
@@ -183,7 +209,13 @@ def _datasets(result: Translation, datasets: dict[str, Any], _: Collection[str])
 def _type(result: Translation, entry: dict[str, Any], name: str) -> None:
     """LAVIS's variant of a dataset, which says what files its splits have."""
     kind = entry.pop("type", None)
-    if kind in (None, "default") or (name, kind) in SAME_FILES:
+    base = name.removesuffix("_instruct")
+    if (base, kind) in VARIANTS:
+        if "build_info" not in entry:  # which names files itself
+            entry.setdefault("path", VARIANTS[base, kind])
+            entry.setdefault("images", f"{base}/images")
+        result.note(f"datasets.{name}.type", f"{kind} became the files that this variant has in LAVIS")
+    elif kind in (None, "default") or (name, kind) in SAME_FILES:
         if kind is not None:
             text = f"{kind} ignored: the splits of run read the same files without it"
             result.note(f"datasets.{name}.type", text)
@@ -199,12 +231,27 @@ def _processors(result: Translation, entry: dict[str, Any], where: str) -> None:
             name = options.get("name") if isinstance(options, dict) else None
             if isinstance(name, str) and name in REFUSED_PROCESSORS and name not in PROCESSORS:
                 result.refuse(f"{where}.{kind}.{stage}.name", f"{name} {REFUSED_PROCESSORS[name]}")
+            unused = set(options) & set(UNUSED_OPTIONS.get(str(name), ())) if name is not None else set()
+            if unused:
+                _drop(result, entry, (kind, stage), unused, f"{where}.{kind}.{stage}")
     stages, run = entry.get("text_processor"), result.tree.get("run")
     written = stages.get("eval") if isinstance(stages, dict) else None
     task = run.get("task") if isinstance(run, dict) else None
     if result.from_lavis and task == "captioning" and isinstance(written, dict) and "prompt" in written:
         text = "without effect, as in LAVIS: model.prompt is what captions begin with"
         result.note(f"{where}.text_processor.eval.prompt", text)
+
+
+def _drop(
+    result: Translation, entry: dict[str, Any], path: tuple[str, str], unused: set[str], where: str
+) -> None:
+    """Leave options of a processor out, with the reason."""
+    kind, stage = path
+    options = entry[kind][stage]
+    kept = {key: value for key, value in options.items() if key not in unused}
+    entry[kind] = {**entry[kind], stage: kept}
+    for key in sorted(unused):
+        result.note(f"{where}.{key}", f"ignored: {UNUSED_OPTIONS[options['name']][key]}")
 
 
 def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> None:
@@ -227,6 +274,10 @@ def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> Non
         run["precision"] = "fp32"
         result.note("run.amp", "not given, so that LAVIS computes in fp32; run.precision=auto is faster")
     _ratios(result, run)
+    ids = run.get("img_ids")
+    if isinstance(ids, list) and ids and all(isinstance(item, str) and not item.isdecimal() for item in ids):
+        del run["img_ids"]
+        result.note("run.img_ids", "names of clips ignored: all clips of the split are captioned and scored")
     _frequencies(result, run, from_lavis)
     if from_lavis and run.get("device") == "cuda":
         run["device"] = "auto"
@@ -237,6 +288,8 @@ def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> Non
         result.note("run.lr_sched", LAVIS_SCHEDULE)
     if from_lavis and run.get("accum_grad_iters", 1) != 1:
         result.note("run.accum_grad_iters", "steps are counted after accumulation here, before it in LAVIS")
+    if from_lavis and task in QUESTION_TASKS:
+        _answers(result, run)
     if from_lavis and run.get("inference_method") == "rank" and "inference_method" in keys:
         for key in [key for key in GENERATING if key in run]:
             result.note(
@@ -244,6 +297,17 @@ def _run(result: Translation, run: dict[str, Any], keys: Collection[str]) -> Non
             )
     if from_lavis and run.get("output_dir") is not None:
         result.note("run.output_dir", "the run lies right there; LAVIS makes a folder by date below it")
+
+
+def _answers(result: Translation, run: dict[str, Any]) -> None:
+    """What LAVIS's question answering does not hand on to the model."""
+    model = result.tree.get("model")
+    if run.pop("length_penalty", None) is not None:
+        result.note("run.length_penalty", "without effect, as in LAVIS: answers take the model's own")
+    if isinstance(model, dict) and "{}" in str(model.get("prompt")) and not run.get("prompt"):
+        del model["prompt"]
+        text = "without effect, as in LAVIS: run.prompt is what questions stand in; set that to apply it"
+        result.note("model.prompt", text)
 
 
 def _is_blip(model: Any) -> bool:

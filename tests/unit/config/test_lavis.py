@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blip.config.lavis import translate
 from blip.config.load import load_config
+from blip.config.schema import RunConfig
 from blip.errors import ConfigError
-from blip.registry import MODELS
+from blip.registry import MODELS, PROCESSORS, TASKS
+from tests.unit.config.conftest import StubModelConfig
 
 Write = Callable[[str], str]
 STAGE1 = Path(__file__).parent / "fixtures" / "lavis" / "pretrain_stage1.yaml"
@@ -290,3 +293,128 @@ def test_a_3d_configuration_uses_its_pictures_only(write: Write) -> None:
     assert config.datasets["nocaps"].data_type == "images"
     noted = {note.split(": ")[1] for note in config.notes}
     assert noted >= {"datasets.nocaps.data_type", "datasets.nocaps.pc_processor", "model.predict_with_gen"}
+
+
+QUESTIONS = f"""
+model: {{arch: blip2_t5_instruct, load_pretrained: True, prompt: 'Question: {{}} Short Answer:'}}
+datasets:
+  msvd_qa_instruct:
+    vis_processor:
+      train: {{name: alpro_video_train, n_frms: 4, min_scale: 0.9, full_video: True}}
+      eval: {{name: alpro_video_eval, n_frms: 4, image_size: 224, min_scale: 0.9, max_scale: 1.0}}
+    text_processor:
+      train: {{name: blip_instruction, modality: video, task: qa}}
+      eval: {{name: blip_caption}}
+    build_info:
+      annotations: {{test: {{url: 'https://example.org/qa.json', storage: msvd/annotations/qa_test.json}}}}
+      videos: {{storage: /export/msvd/videos}}
+      instance_id_key: question_id
+run:
+  task: gqa
+  max_epoch: 1
+  max_len: 30
+  min_len: 1
+  num_beams: 5
+  inference_method: generate
+  length_penalty: -1.
+  evaluate: True
+  valid_splits: [test]
+  ques_files: {{test: /x.json}}
+  anno_files: {{test: /y.json}}
+  {LAUNCH}"""
+
+
+@dataclass
+class Asking(RunConfig):
+    inference_method: str = "rank"
+    num_beams: int = 3
+    max_len: int = 10
+    min_len: int = 1
+    length_penalty: float | None = None
+    prompt: str = ""
+
+
+@dataclass
+class Clips:
+    image_size: int = 224
+    n_frms: int = 8
+
+
+@dataclass
+class ClipsToTrain(Clips):
+    min_scale: float = 0.5
+    max_scale: float = 1.0
+
+
+@dataclass
+class Instruction:
+    modality: str = "image"
+    task: str = "caption"
+
+
+@dataclass
+class Prompted(StubModelConfig):
+    prompt: str = ""
+
+
+@pytest.fixture
+def asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = type("Asked", (), {"run_config_class": Asking})
+    model = type("Model", (), {"config_class": Prompted, "presets": {"flant5xl": {}}})
+    monkeypatch.setitem(TASKS._classes, "gqa", task)
+    monkeypatch.setitem(MODELS._classes, "blip2_t5_instruct", model)
+    more = {"alpro_video_train": ClipsToTrain, "alpro_video_eval": Clips, "blip_instruction": Instruction}
+    for name, cls in more.items():
+        monkeypatch.setitem(PROCESSORS._classes, name, cls)
+
+
+def test_questions_about_videos_are_asked_as_lavis_does(asking: None, write: Write) -> None:
+    config = load_config(write(QUESTIONS))
+    data = config.datasets["msvd_qa_instruct"]
+    assert data.vis_processor == {
+        "train": {"name": "alpro_video_train", "n_frms": 4, "min_scale": 0.9},
+        "eval": {"name": "alpro_video_eval", "n_frms": 4, "image_size": 224},
+    }
+    run: Any = config.run
+    assert (run.prompt, run.length_penalty, run.max_len) == ("", None, 30)
+    assert asdict(config.model)["prompt"] == ""  # LAVIS's task reads that of the run only
+    noted = {note.split(": ")[1] for note in config.notes}
+    assert noted >= {
+        "model.prompt",
+        "run.length_penalty",
+        "run.ques_files",
+        "run.anno_files",
+        "datasets.msvd_qa_instruct.vis_processor.train.full_video",
+        "datasets.msvd_qa_instruct.vis_processor.eval.min_scale",
+        "datasets.msvd_qa_instruct.vis_processor.eval.max_scale",
+    }
+    told = QUESTIONS.replace("  max_len: 30", "  max_len: 30\n  prompt: 'Question: {} Short Answer:'")
+    run, model = load_config(write(told)).run, load_config("recipe.yaml").model
+    assert (run.prompt, asdict(model)["prompt"]) == ("Question: {} Short Answer:",) * 2
+    own = load_config(write(QUESTIONS.replace(LAUNCH, "")))
+    assert (asdict(own.run)["length_penalty"], asdict(own.model)["prompt"]) == (
+        -1.0,
+        "Question: {} Short Answer:",
+    )
+
+
+def test_a_variant_of_gqa_names_its_files(asking: None, write: Write) -> None:
+    text = CAPTIONING_EVAL.replace("data_type: images", "type: balanced_testdev").replace("nocaps:", "gqa:")
+    start, end = text.index("    build_info:"), text.index("run:\n")
+    config = load_config(write(text[:start] + text[end:]))
+    assert config.datasets["gqa"].path == {
+        "train": "gqa/annotations/train_balanced_questions.json",
+        "val": "gqa/annotations/testdev_balanced_questions.json",
+        "test": "gqa/annotations/test_balanced_questions.json",
+    }
+    assert config.datasets["gqa"].images == "gqa/images"
+    assert any("gqa.type: balanced_testdev became the files" in note for note in config.notes)
+
+
+def test_names_of_clips_do_not_part_a_split() -> None:
+    found = translate({"run": {"img_ids": ["a_1_20.avi", "b_2.avi"]}}, ["img_ids"], [])
+    assert found.tree == {"run": {}}
+    assert found.notes == [
+        "run.img_ids: names of clips ignored: all clips of the split are captioned and scored"
+    ]
+    assert translate({"run": {"img_ids": [3, 4]}}, ["img_ids"], []).tree == {"run": {"img_ids": [3, 4]}}
