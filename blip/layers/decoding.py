@@ -76,6 +76,8 @@ class Decoding:
     """Scores of beams are divided by the number of new tokens to this power."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the text so far become less likely."""
+    penalize_prompt: bool = True
+    """The prompt's tokens count for the repetition penalty too."""
     sample: bool = False
     """Draw tokens, with the three settings below."""
     temperature: float = 1.0
@@ -191,6 +193,7 @@ class _Rules:
         if decoding.repetition_penalty != 1:
             # A token that is there twice counts once, so the first one can stand for the padding.
             seen = torch.where(prompt_mask, prompt_ids, prompt_ids[:, :1])
+            seen = seen if decoding.penalize_prompt else seen[:, :0]
             self.seen = seen.repeat(self.copies, 1)  # (R, T)
 
     def apply(self, scores: Tensor, step: int) -> Tensor:
