@@ -72,7 +72,8 @@ class InstructRun(RunConfig):
 
     inference_method: Literal["auto", "generate", "rank"] = "auto"
     """`rank`: take the most likely of an instruction's choices, of the dataset's answer list, or of what its
-    type has as outputs in training; `generate`: write; `auto`: rank where a record has its own choices."""
+    type has as outputs in training; `generate`: write; `auto`: rank where a record has its own choices.
+    Captions, and questions that are asked for, are written in any case."""
     num_ans_candidates: int = 1000
     """Instructions with more candidates than this, and without choices of their own, are written to."""
     num_beams: int = 5
@@ -134,7 +135,9 @@ class InstructTuning(Task):
         Raises:
             ConfigError: no instruction has candidates.
         """
-        if self.config.inference_method != "rank" or any(data.candidates(i) for i in range(len(data))):
+        if self.config.inference_method != "rank" or data.in_words:
+            return  # captions and questions are always written
+        if any(data.candidates(index) for index in range(len(data))):
             return
         raise ConfigError(
             f"run.inference_method: rank needs candidates, and datasets.{data.name} has none; give it"

@@ -183,6 +183,8 @@ def test_ranking_without_candidates_is_refused_before_training(monkeypatch: pyte
         ConfigError, match=r"run\.inference_method: rank needs candidates, and datasets\.fake"
     ):
         task(inference_method="rank").check_data(Told(5))
+    monkeypatch.setattr(Told, "in_words", True)
+    task(inference_method="rank").check_data(Told(5))
 
 
 def test_a_model_that_writes_nothing_is_refused() -> None:
