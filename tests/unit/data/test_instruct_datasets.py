@@ -17,6 +17,7 @@ from blip.data.check import check_split
 from blip.data.eval_instruct import EvalInstructions
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, locate
+from blip.data.prepare import prepare
 from blip.data.readers import read_file
 from blip.data.scenes import TASK_TYPES, make_scenes
 from blip.data.sources import build_dataset
@@ -398,3 +399,26 @@ def test_instructions_are_shown_and_checked(scenes: Path) -> None:
     assert report.texts == len(annotations(scenes, "instruct_val.json"))
     assert report.lines()[2].startswith("  instruction tokens: ")
     assert f"'{first['text_input']} {first['text_output']}'" in report.samples[0]
+
+
+def test_official_files_with_pictures_in_another_column_are_prepared(root: Path, tmp_path: Path) -> None:
+    (root / "hateful_memes").mkdir()
+    (root / "own/pictures").rename(root / "hateful_memes/img")
+    lines = [
+        {"id": n, "img": f"/export/memes/img/{n}.jpg", "label": i, "text": "Hm."} for i, n in enumerate("ab")
+    ]
+    for name in ("train", "dev_seen", "test_seen"):
+        put(tmp_path / f"downloads/{name}.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    outcome = prepare("hateful_memes", root, tmp_path / "downloads")
+    assert outcome.missing == []
+    assert any("2 image paths adapted" in line for line in outcome.lines)
+    written = (root / "hateful_memes/annotations/train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["img"] for line in written] == ["img/a.jpg", "img/b.jpg"]
+    data = train(root, "hateful_memes")
+    asked = 'This is an image with: "hm" written on it. Is it hateful? Answer:'
+    assert [(s["text_input"], s["text_output"]) for s in data] == [(asked, "no"), (asked, "yes")]
+    put(tmp_path / "downloads/ocrvqa.json", {"x": {"questions": ["Q?"], "answers": ["A"]}})
+    (root / "ocrvqa/images/deep").mkdir(parents=True)
+    (root / "hateful_memes/img/a.jpg").rename(root / "ocrvqa/images/deep/x.jpg")
+    assert prepare("ocr_vqa", root, tmp_path / "downloads").missing == []
+    assert train(root, "ocr_vqa")[0]["text_output"] == "A"
