@@ -108,7 +108,7 @@ def plain_beam_search(
         candidates = []
         for score, text in live:
             log_probs = decoder.logits_after(item, prompt + text).log_softmax(0)
-            for token in set(prompt + text):
+            for token in set(prompt * decoding.penalize_prompt + text):
                 old = log_probs[token]
                 log_probs[token] = (
                     old * decoding.repetition_penalty if old < 0 else old / decoding.repetition_penalty
@@ -163,6 +163,7 @@ def test_beam_search_is_the_plain_one_of_each_item(seed: int) -> None:
         count_prompt=chance.random() < 0.5,
         length_penalty=chance.choice([-0.5, 0.0, 1.0, 2.5]),
         repetition_penalty=chance.choice([1.0, 1.3, 0.7]),
+        penalize_prompt=chance.random() < 0.5,
     )
     vocab_size = 10  # padding, the end and twice four beams: no step runs out of candidates
     prompts, mask, images = batch(seed, size=4)
