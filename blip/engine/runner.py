@@ -134,7 +134,7 @@ class Runner:
         candidates = self.config.batch_size_train * dist.world_size()
         if self.config.accum_mode == "cached":
             candidates *= self.config.accum_grad_iters
-        self.tracker.begin(self.total_steps, self.progress.step, candidates)
+        self.tracker.begin(self.total_steps, self.progress.step, self.model.num_contrasted(candidates))
         steps = self.loader.steps()
         try:
             self._settle()

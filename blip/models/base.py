@@ -134,6 +134,10 @@ class BlipModel(nn.Module):
         """Texts of a batch that training tokenises -> the longest, in tokens; None = not cut."""
         return {"text_input": self.config.max_txt_len}
 
+    def num_contrasted(self, batch: int) -> int:
+        """What ITC chooses from, in a global batch of `batch` rows."""
+        return batch
+
     def count_targets(self, batch: dict[str, Any]) -> int:
         """Tokens of a batch that the language-modelling loss is a mean over."""
         return int(batch["text_mask"][:, 1:].sum()) if "text_mask" in batch else 0

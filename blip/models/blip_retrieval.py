@@ -240,6 +240,10 @@ class BlipRetrieval(BlipModel):
         states = self.text.grounded(text_ids, text_mask, images, first_only=True)
         return self.itm_head(states[:, 0])
 
+    def num_contrasted(self, batch: int) -> int:
+        """The own rank's rows, or all, and the queue."""
+        return (batch if self.config.itc_all_rank else batch // dist.world_size()) + len(self.queue)
+
     def after_step(self, outputs: Sequence[Output]) -> None:
         """The temperature's bounds; the twin follows; the queue takes what the twin has seen."""
         self.temp.data.clamp_(self.config.min_temp, self.config.max_temp)

@@ -213,3 +213,8 @@ def test_presets_are_lavis_recipes() -> None:
     config = BlipRetrievalConfig()
     assert (config.queue_size, config.max_txt_len, config.image_id_targets) == (57600, 35, True)
     assert not config.negative_all_rank
+
+
+def test_itc_chooses_from_the_batch_and_the_queue() -> None:
+    assert small_blip("retrieval").num_contrasted(8) == 8 + 10
+    assert small_blip("caption").num_contrasted(8) == 8
