@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# BLIP from pre-training to scores on the embedded pictures, about an hour on two CPU cores: pre-trains, starts
+# BLIP from pre-training to scores on the embedded pictures, some 40 minutes on two CPU cores: pre-trains, starts
 # captioning and retrieval from that run, question answering from captioning, sentences about two pictures from question
 # answering, and prints all scores. The last two keep captioning's tower, whose features are written once.
 #
