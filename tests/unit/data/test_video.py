@@ -273,7 +273,11 @@ def test_bare_names_of_clips_and_official_names_of_columns_are_found(folder: Pat
             {"image": "v0/frame_1.png"},
             "data_type: videos, and",
         ),
-        ({"data_type": "features"}, {"video": "v0"}, "use images or videos"),
+        (
+            {"data_type": "videos", "vis_processor": CLIPS, "features": "states"},
+            {"video": "v0"},
+            "features: there are features of pictures only",
+        ),
         ({"vis_processor": CLIPS}, {"video": "v9"}, "images: none of the first 1 videos is there, not even"),
         ({"vis_processor": CLIPS}, {"clip": "v0"}, r"has no column 'image', only clip, caption"),
         (
