@@ -148,6 +148,7 @@ def load_into(
     Raises:
         CheckpointError: a name that is missing, unexpected or of another shape, and not allowed to be.
     """
+    untie(module, tensors)
     wanted = module.state_dict()
     differing = {n: t for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape}
     complaint = ""
@@ -181,6 +182,28 @@ def load_into(
             f"{refused.text()}; it is of another arch or other sizes, or needs 'blip convert' first"
         )
     return report
+
+
+def untie(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give names that share a parameter one each, where the weights to come have different values for them.
+
+    FlanT5's output embeddings are no copy of the word embeddings, but transformers builds all T5 as if they
+    were, and finds out when it loads.
+
+    Args:
+        module: gets the weights afterwards.
+        tensors: weights.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if name not in tensors:
+            continue
+        other = first.setdefault(id(parameter), name)
+        if other == name or torch.equal(tensors[name], tensors[other]):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        setattr(module.get_submodule(owner), leaf, own)
 
 
 def save_safetensors(

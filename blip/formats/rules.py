@@ -1,7 +1,8 @@
 """Renaming rules that account for every key: one table carries weights in both directions.
 
 A key that no rule names is an error, so a layout that changed is noticed instead of half loaded. Keys are
-written as templates: `{i}` and `{j}` stand for a number, any other field for one name between dots.
+written as templates: `{i}` and `{j}` stand for a number, `{rest}` for names and the dots between them, any
+other field for one name between dots.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Change = Callable[..., tuple[Tensor, ...]]
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NUMBERS = ("i", "j")
+_REST = "rest"
 _SHOWN = 5
 
 
@@ -280,8 +282,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _pattern(template: str) -> re.Pattern[str]:
     pieces = _FIELD.split(template)  # text, field, text, field, ..., text
     texts, names = [re.escape(piece) for piece in pieces[::2]], pieces[1::2]
-    fields = [rf"(?P<{name}>\d+)" if name in _NUMBERS else rf"(?P<{name}>[^.]+)" for name in names]
+    fields = [f"(?P<{name}>{_meaning(name)})" for name in names]
     return re.compile("".join(a + b for a, b in zip(texts, [*fields, ""], strict=True)))
+
+
+def _meaning(field: str) -> str:
+    if field == _REST:
+        return ".+"
+    return r"\d+" if field in _NUMBERS else r"[^.]+"
 
 
 def _like(key: str, templates: list[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blip.errors import CheckpointError
 from blip.layers.vit import resize_on_load
-from blip.weights import load_into, pointed, read_weights, save_safetensors
+from blip.weights import load_into, pointed, read_weights, save_safetensors, untie
 
 TENSORS = {
     "a.weight": torch.arange(6.0).view(2, 3),
@@ -302,3 +302,21 @@ def test_position_embeddings_that_the_module_adapts_are_reported_as_reshaped() -
     assert report.reshaped == ["pos_embed"]
     assert "1 reshaped (pos_embed)" in report.text()
     torch.testing.assert_close(module.pos_embed.detach(), torch.ones(1, 17, 8))
+
+
+def test_names_of_one_tensor_get_one_each_where_the_weights_differ() -> None:
+    def made() -> nn.Module:
+        module = nn.ModuleDict({"words": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+        module["head"].weight = module["words"].weight
+        return module
+
+    same, other = torch.ones(3, 2), torch.zeros(3, 2)
+    module = made()
+    untie(module, {"words.weight": same, "head.weight": same.clone()})
+    assert module["head"].weight is module["words"].weight
+    untie(module, {"words.weight": same})
+    assert module["head"].weight is module["words"].weight
+    tensors = {"words.weight": same, "head.weight": other}
+    load_into(module, tensors)
+    assert torch.equal(module["words"].weight, same)
+    assert torch.equal(module["head"].weight, other)

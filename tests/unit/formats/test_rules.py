@@ -154,3 +154,13 @@ def test_two_keys_for_one_place_are_an_error() -> None:
     table = Table("toy weights", [Rename("a", "x"), Rename("b", "x")])
     with pytest.raises(CheckpointError, match="two keys of the file become x"):
         table.to_ours({"a": torch.zeros(1), "b": torch.zeros(1)})
+
+
+def test_a_rest_spans_dots() -> None:
+    table = Table("toy", [Drop("lm.counter.{i}", "a statistic"), Rename("lm.{rest}", "llm.model.{rest}")])
+    theirs = {"lm.layers.0.fc.weight": torch.ones(1), "lm.head": torch.ones(2), "lm.counter.3": torch.ones(1)}
+    ours = table.to_ours(theirs).state
+    assert list(ours) == ["llm.model.layers.0.fc.weight", "llm.model.head"]
+    assert list(table.to_theirs(ours).state) == ["lm.layers.0.fc.weight", "lm.head"]
+    with pytest.raises(CheckpointError, match="no rule for 'lm'"):
+        table.to_ours({"lm": torch.ones(1)})
