@@ -175,7 +175,7 @@ def build_model(config: Config, device: torch.device, begun: Path | None = None)
         CheckpointError: weights that are missing or do not fit.
     """
     keyed.seed_torch(config.run.seed, "init")
-    model: Any = MODELS.get(config.model.arch)(config.model)
+    model: Any = MODELS.get(config.model.arch).build(config.model, config.run.data_root)
     for line in on_all(lambda: _load_start(model, config, begun)):
         log.info("%s", line)
     for section in config.datasets.values():
@@ -275,7 +275,8 @@ def build_loader(
         num_workers=run.num_workers,
         drop_last=run.drop_last,
         whole_steps=run.accum_mode == "cached",
-        pad_id=model.word_pieces.pad_id,
+        sampling=run.sampling,
+        pad_id=model.pad_id,
         pin_memory=device.type == "cuda",
     )
     columns = model.text_columns().items()

@@ -216,6 +216,8 @@ class Runner:
         ranks weigh by what they hold; each is the mean per micro-batch and rank, because those means are
         averaged afterwards.
         """
+        keys = {"step": self.progress.step, "seed": self.config.seed}
+        micro_batches = [self.model.prepare({**batch, **keys}) for batch in micro_batches]
         shares = dist.world_size() * (1 if self.config.accum_mode == "cached" else len(micro_batches))
         rows = sum(batch["batch_total"] for batch in micro_batches)
         targets = [self.model.count_targets(batch) for batch in micro_batches]
@@ -225,10 +227,8 @@ class Runner:
         for i, batch in enumerate(micro_batches):
             moved = to_device(batch, device)
             moved.update(
-                step=self.progress.step,
                 iters=self.progress.step % self.loader.steps_per_epoch,
                 num_iters_per_epoch=self.loader.steps_per_epoch,
-                seed=self.config.seed,
                 loss_rows=rows / shares,
                 loss_tokens=tokens / shares,
                 num_targets=targets[i],

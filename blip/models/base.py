@@ -108,6 +108,16 @@ class BlipModel(nn.Module):
                 values[part.name] = {**made, **given} if isinstance(made, dict) else replace(made, **given)
         return cls(cls.config_class(**values))
 
+    @classmethod
+    def build(cls, config: Any, data_root: str | Path | None = None) -> Self:
+        """A model with random weights, for a command; a subclass may look for files of its configuration.
+
+        Args:
+            config: of `config_class`.
+            data_root: where they may lie; None: the environment variable BLIP_DATA, else `data`.
+        """
+        return cls(config)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -133,6 +143,18 @@ class BlipModel(nn.Module):
     def text_columns(self) -> dict[str, int | None]:
         """Texts of a batch that training tokenises -> the longest, in tokens; None = not cut."""
         return {"text_input": self.config.max_txt_len}
+
+    @property
+    def pad_id(self) -> int:
+        """What the loader pads tokens with; masks say what is padding."""
+        return self.word_pieces.pad_id
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Told of each training batch before it goes to the device, with `step` and `seed`.
+
+        Here a model makes tokens that depend on both, or on several columns.
+        """
+        return batch
 
     def num_contrasted(self, batch: int) -> int:
         """What ITC chooses from, in a global batch of `batch` rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
@@ -42,12 +43,15 @@ class WordPieces:
         self.dec_id = self._id(DEC)
         self.enc_id = self._id(ENC) if ENC in added else self.cls_id
 
-    def __call__(self, texts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, texts: list[str], max_length: int | None = None, cut: Literal["left", "right"] = "right"
+    ) -> dict[str, Tensor]:
         """Ids and mask, padded to the longest text.
 
         Args:
             texts: B texts.
             max_length: texts are cut to this many tokens, [CLS] and [SEP] included; None = not cut.
+            cut: which end of a longer text is lost.
 
         Returns:
             text_ids: int64 (B, T); text_mask: bool (B, T), True = real token.
@@ -59,9 +63,7 @@ class WordPieces:
             }
         encoded = [e.ids for e in self._tokenizer.encode_batch(texts)]
         if max_length is not None:
-            encoded = [
-                ids if len(ids) <= max_length else [*ids[: max_length - 1], self.sep_id] for ids in encoded
-            ]
+            encoded = [_cut(ids, max_length, cut) for ids in encoded]
         lengths = torch.tensor([len(ids) for ids in encoded])
         longest = int(lengths.max())
         padded = torch.tensor([ids + [self.pad_id] * (longest - len(ids)) for ids in encoded])
@@ -78,6 +80,13 @@ class WordPieces:
                 f"model.tokenizer: {self.source!r} has no {token} token; a BERT-like vocabulary is needed"
             )
         return found
+
+
+def _cut(ids: list[int], length: int, side: str) -> list[int]:
+    """At most `length` of the ids, of which the first and the last stay."""
+    if len(ids) <= length:
+        return ids
+    return [*ids[: length - 1], ids[-1]] if side == "right" else [ids[0], *ids[len(ids) - length + 1 :]]
 
 
 def _load(source: str) -> Tokenizer:
