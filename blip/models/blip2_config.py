@@ -1,4 +1,4 @@
-"""Sizes and switches of BLIP-2 stage 1."""
+"""Sizes and switches of BLIP-2: what its models have in common, and those of stage 1."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ BESIDE = {
 
 
 @dataclass
-class Blip2QformerConfig(ModelConfig):
-    """Sizes and switches of BLIP-2 stage 1; names and defaults are LAVIS's."""
+class Blip2Config(ModelConfig):
+    """Vision tower and Q-Former of a BLIP-2 model; names and defaults are LAVIS's."""
 
     vit_model: str = "eva_clip_g"
     """Vision tower: eva_clip_g, clip_L, vit_base, vit_large, or timm/<name of a timm ViT>."""
@@ -44,8 +44,6 @@ class Blip2QformerConfig(ModelConfig):
     """Keep the tower's weights as they are."""
     vit_train_steps: int = 0
     """Optimizer steps for which a tower that is to be frozen is trained first; 0: frozen from the start."""
-    vit_train_objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES))
-    """Losses (itc, itm, lm) of those steps; the others begin when the tower is frozen."""
     vit_init_from: str | None = None
     """Weights of the tower: a safetensors or .pth file (as given, else below the data root), or `timm` for
     timm's pretrained ones; null = random."""
@@ -57,8 +55,6 @@ class Blip2QformerConfig(ModelConfig):
     """Every n-th layer of the Q-Former looks at the image, from the first."""
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     """Sizes of the Q-Former."""
-    embed_dim: int = 256
-    """Width of the contrastive space (E)."""
     max_txt_len: int = 32
     """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
     tokenizer: str = "bert-base-uncased"
@@ -67,45 +63,26 @@ class Blip2QformerConfig(ModelConfig):
     """Rows of the word embeddings; null = what the tokenizer has."""
     dropout: float = 0.1
     """Dropout of the Q-Former."""
-    label_smoothing: float = 0.1
-    """Of the ITC targets and the LM loss."""
-    temp: float = 0.07
-    """Initial temperature of the ITC loss (learned)."""
-    min_temp: float = 0.0
-    """The learned temperature is kept at or above this; LAVIS has no bound."""
-    image_id_targets: bool = True
-    """Use `image_id` where a batch has it: the same picture's texts are positives, never negatives."""
-    gather_with_grad: bool = True
-    """Let ITC gradients flow to the features of other ranks; LAVIS does not."""
 
     def problems(self) -> list[str]:
         """Sizes that cannot be built, and switches that contradict each other."""
-        found = super().problems() + self._at_least(1, "num_query_token", "cross_attention_freq", "embed_dim")
+        found = super().problems() + self._at_least(1, "num_query_token", "cross_attention_freq")
         found += self._at_least(1, "image_size", "vocab_size") + self._at_least(3, "max_txt_len")
-        found += self._at_least(0, "vit_train_steps")
-        found += self._within(0, 0.9, "dropout", "drop_path_rate", "label_smoothing")
-        if self.max_txt_len > self.qformer.max_positions:
-            most = self.qformer.max_positions
-            found.append(f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions, which is {most}")
-        if self.temp <= 0:
-            found.append(f"temp: {self.temp} is not above 0")
+        found += self._at_least(0, "vit_train_steps") + self._within(0, 0.9, "dropout", "drop_path_rate")
         if self.vit_train_steps and not self.freeze_vit:
             found.append(
                 "vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0"
             )
-        found += self._objective_problems() + self._tower_problems()
+        found += self._tower_problems()
         # The named tower's sizes mean something only where the keys they are made of do.
         return found or self.tower().size_problems()
 
-    def _objective_problems(self) -> list[str]:
-        key, given = "vit_train_objectives", self.vit_train_objectives
-        if not given:
-            return [f"{key}: empty; name at least one of {', '.join(OBJECTIVES)}"]
-        if unknown := [name for name in given if name not in OBJECTIVES]:
-            return [f"{key}: unknown objective {name!r}{hint(name, OBJECTIVES)}" for name in unknown]
-        if set(given) != set(OBJECTIVES) and not self.vit_train_steps:
-            return [f"{key}: only while the tower is trained first; set vit_train_steps, or leave this out"]
-        return []
+    def _text_problems(self) -> list[str]:
+        """Of a Q-Former that reads texts."""
+        most = self.qformer.max_positions
+        if self.max_txt_len <= most:
+            return []
+        return [f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions, which is {most}"]
 
     def _tower_problems(self) -> list[str]:
         plain = VisionConfig()
@@ -137,3 +114,40 @@ class Blip2QformerConfig(ModelConfig):
         """The tower's way, or torch's if `use_grad_checkpoint` asks for it; and the last how many blocks."""
         mode = self.vit.checkpoint
         return ("torch" if mode == "none" and self.use_grad_checkpoint else mode), self.vit.checkpoint_last
+
+
+@dataclass
+class Blip2QformerConfig(Blip2Config):
+    """Sizes and switches of BLIP-2 stage 1; names and defaults are LAVIS's."""
+
+    vit_train_objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES))
+    """Losses (itc, itm, lm) of those steps; the others begin when the tower is frozen."""
+    embed_dim: int = 256
+    """Width of the contrastive space (E)."""
+    label_smoothing: float = 0.1
+    """Of the ITC targets and the LM loss."""
+    temp: float = 0.07
+    """Initial temperature of the ITC loss (learned)."""
+    min_temp: float = 0.0
+    """The learned temperature is kept at or above this; LAVIS has no bound."""
+    image_id_targets: bool = True
+    """Use `image_id` where a batch has it: the same picture's texts are positives, never negatives."""
+    gather_with_grad: bool = True
+    """Let ITC gradients flow to the features of other ranks; LAVIS does not."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        found = super().problems() + self._at_least(1, "embed_dim") + self._within(0, 0.9, "label_smoothing")
+        if self.temp <= 0:
+            found.append(f"temp: {self.temp} is not above 0")
+        return found + self._text_problems() + self._objective_problems()
+
+    def _objective_problems(self) -> list[str]:
+        key, given = "vit_train_objectives", self.vit_train_objectives
+        if not given:
+            return [f"{key}: empty; name at least one of {', '.join(OBJECTIVES)}"]
+        if unknown := [name for name in given if name not in OBJECTIVES]:
+            return [f"{key}: unknown objective {name!r}{hint(name, OBJECTIVES)}" for name in unknown]
+        if set(given) != set(OBJECTIVES) and not self.vit_train_steps:
+            return [f"{key}: only while the tower is trained first; set vit_train_steps, or leave this out"]
+        return []

@@ -14,8 +14,7 @@ the same ones over several micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -28,8 +27,7 @@ from blip.layers.attention import ImageKeys, KeyValue
 from blip.layers.masks import causal_mask, padding_mask
 from blip.layers.text import LMHead, init_bert
 from blip.losses import NegativeSampler, at_least_float32, similarity
-from blip.models.base import BlipModel
-from blip.models.bert_init import load_bert
+from blip.models.blip2_base import Blip2Base
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
 from blip.models.blip2_weights import STAGE1_STARTS, STAGE1_WEIGHTS, stage1_sizes
 from blip.models.contrast import (
@@ -42,8 +40,6 @@ from blip.models.contrast import (
     matching,
 )
 from blip.models.narrate import caption_loss, decoder_input, decoder_labels
-from blip.models.qformer import QFormer
-from blip.models.vision import VisionTower, find_file
 from blip.registry import MODELS
 
 # What LAVIS's stage 1 always starts from. Building a model reads neither; `load_parts` does.
@@ -65,7 +61,7 @@ class Representation(NamedTuple):
 
 
 @MODELS.register("blip2", "blip2_feature_extractor")
-class Blip2Qformer(BlipModel):
+class Blip2Qformer(Blip2Base):
     """BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM.
 
     Shape:
@@ -89,25 +85,13 @@ class Blip2Qformer(BlipModel):
     }
     published = STAGE1_WEIGHTS
     starts = STAGE1_STARTS
-    freezable = ("vision.",)
-    on_cpu: ClassVar = {"vit_precision": "fp32"}
     sizes_of = staticmethod(stage1_sizes)
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
 
     def __init__(self, config: Blip2QformerConfig) -> None:
-        super().__init__(config)
-        self.vision = VisionTower(config.tower())
-        self.ln_vision = nn.LayerNorm(self.vision.width, eps=1e-5)
-        vocab_size = config.vocab_size or self.word_pieces.vocab_size
-        self.qformer = QFormer(
-            config.qformer,
-            config.num_query_token,
-            self.vision.width,
-            vocab_size,
-            config.cross_attention_freq,
-            config.dropout,
-        )
+        super().__init__(config, with_text=True)
+        vocab_size = self.qformer.embedding.word.num_embeddings
         self.lm_head = LMHead(config.qformer.width, vocab_size, config.qformer.norm_eps)
         self.vision_proj = nn.Linear(config.qformer.width, config.embed_dim)
         self.text_proj = nn.Linear(config.qformer.width, config.embed_dim)
@@ -156,22 +140,6 @@ class Blip2Qformer(BlipModel):
         elif "itm" in wanted:  # to draw negatives only
             feats = Features(self._project_image(image.queries).detach(), self.text_feats(batch).detach())
         return Representation(feats, states, keys, image.cache)
-
-    def image_keys(self, states: Tensor) -> ImageKeys:
-        """Keys and values of tower states (B, P, D_image) after `ln_vision`, whose norm is in float32."""
-        norm = self.ln_vision
-        plain = F.layer_norm(states.to(norm.weight.dtype), norm.normalized_shape, eps=norm.eps)
-        device = plain.device.type
-        if torch.is_autocast_enabled(device):  # once here, not in (and kept for) every projection
-            plain = plain.to(torch.get_autocast_dtype(device))
-        return self.qformer.image_keys(plain, norm)
-
-    def normed(self, states: Tensor) -> Tensor:
-        """`ln_vision` in float32, whatever the tower's precision. (B, P, D_image) -> same."""
-        norm = self.ln_vision
-        return F.layer_norm(
-            states.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps
-        )
 
     def text_feats(self, batch: dict[str, Any]) -> Tensor:
         """(B, E), unit norm, from [CLS]."""
@@ -305,30 +273,6 @@ class Blip2Qformer(BlipModel):
         """Keep the temperature above its bound, where there is one."""
         if self.config.min_temp:
             self.temp.data.clamp_(min=self.config.min_temp)
-
-    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
-        """Load the tower from `vit_init_from` and the Q-Former from `qformer.init_from`."""
-        report = self.vision.load_initial(data_root)
-        bert = self.config.qformer.init_from
-        if bert:
-            source = str(find_file(bert, data_root) or bert)
-            report.append(load_bert(self.qformer.bert_parts(), self.lm_head, source))
-            self.qformer.copy_text_ffn()
-        return report
-
-    def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
-        """Load the tower from `vit_init_from`, if it is wanted."""
-        return self.vision.load_initial(data_root) if "vision." in prefixes else []
-
-    def frozen_parts(self) -> dict[str, str]:
-        """A tower that was loaded from elsewhere and never trained here: it can be fetched again."""
-        never_trained = self.config.freeze_vit and self.config.vit_train_steps == 0
-        source = self.vision.loaded_from
-        return {"vision.": source} if never_trained and source else {}
-
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the Q-Former's layers."""
-        return [*self.vision.blocks(), *self.qformer.blocks()]
 
 
 @MODELS.register("blip2_image_text_matching")

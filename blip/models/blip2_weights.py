@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
 from blip.layers.vit import NAMED
-from blip.models.base import Sizes
+from blip.models.base import Adopted, Sizes
+from blip.models.llm_presets import width_of_llm
 from blip.models.qformer import QFormerConfig
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -109,3 +110,66 @@ def _tower_name(tensors: Mapping[str, Tensor], width: int) -> str:
 def _numbers(tensors: Mapping[str, Tensor], pattern: str) -> list[int]:
     found = (re.fullmatch(pattern, name) for name in tensors)
     return sorted({int(match[1]) for match in found if match})
+
+
+_STAGE1_ONLY = ("lm_head.", "vision_proj.", "text_proj.", "itm_head.", "temp")
+_TEXT_SIDE = re.compile(r"qformer\.(embedding\.(word|position)\.|layers\.\d+\.text_ffn\.)")
+NO_OBJECTIVE = "stage 1's own; a language model stands in its place"
+NO_TEXT = "this Q-Former reads no text; with model.qformer_text_input it does"
+OTHER_LLM = "it speaks to a language model of another width"
+
+
+def stage2_sizes(tensors: Mapping[str, Tensor], language_models: Iterable[str | None] = ()) -> Sizes:
+    """What weights of stage 2 or InstructBLIP tell of a configuration.
+
+    Args:
+        tensors: by our names; of a language model that is not among them only the width shows.
+        language_models: names of those that may be meant.
+    """
+    values, unknown = stage1_sizes(tensors)
+    values.pop("embed_dim", None)
+    if "llm_proj.weight" in tensors:  # else they are of stage 1, whose text side may be left out
+        values["qformer_text_input"] = any(is_text_side(name) for name in tensors)
+        width = len(tensors["llm_proj.weight"])
+        names = [name for name in language_models if name and width_of_llm(name) == width]
+        values |= {"llm_model": names[0]} if names else {}
+    return Sizes(values, unknown)
+
+
+def is_text_side(name: str) -> bool:
+    """Whether a tensor belongs to what a Q-Former has for texts alone."""
+    return _TEXT_SIDE.match(name) is not None
+
+
+def adopt_stage2(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], llm_may_stay: bool = False
+) -> Adopted:
+    """Weights of stage 1, of stage 2 or of InstructBLIP for a model with a language model.
+
+    What only stage 1 has is left out; the projection starts anew where there is none, or one for a language
+    model of another width; the text side of the Q-Former where the weights have none.
+
+    Args:
+        tensors: by our names.
+        wanted: the state dict of the model that takes them over.
+        llm_may_stay: its language model is meant to be random, and stays so beside weights of stage 1.
+    """
+    projection = "llm_proj.weight"
+    other = projection in tensors and tensors[projection].shape != wanted[projection].shape
+    left_out: dict[str, str] = {}
+    taken: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_STAGE1_ONLY):
+            left_out[name] = NO_OBJECTIVE
+        elif other and name.startswith("llm_proj."):
+            left_out[name] = OTHER_LLM
+        elif name not in wanted and is_text_side(name):
+            left_out[name] = NO_TEXT
+        else:
+            taken[name] = tensor
+    stage1 = any(name.startswith(_STAGE1_ONLY) for name in tensors)
+    reads = any(is_text_side(name) for name in tensors)
+    may_stay = ["llm.lora.", *(["llm_proj."] if stage1 or other else [])]
+    may_stay += ["llm.model."] if stage1 and llm_may_stay else []
+    kept = [n for n in wanted if n.startswith(tuple(may_stay)) or (is_text_side(n) and not reads)]
+    return Adopted(taken, left_out, [name for name in kept if name not in taken])

@@ -1,0 +1,454 @@
+"""BLIP-2 stage 2: a Q-Former that speaks to a frozen language model (section 3.3).
+
+    tower -> ln_vision -> Q-Former, queries alone (or beside a question) -> llm_proj -> soft tokens
+    soft tokens before the text's embeddings -> the language model, whose loss trains what is before it
+
+What a batch asks for is in its texts:
+
+    text_input, text_output    continue the first by the second: instructions
+    text_input, answer         the same, a question and one of its answers
+    text_input alone           describe the picture. A decoder writes all of it but the prompt; an
+                               encoder-decoder is given the prompt and writes the rest, or, where there is no
+                               prompt, a random part of the text (prefix language modelling)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from blip import keyed
+from blip.batch import Output
+from blip.errors import UsageError, hint
+from blip.layers.decoding import Decoding
+from blip.layers.masks import padding_mask
+from blip.models import prompts as ask
+from blip.models.base import Adopted, Sizes
+from blip.models.bert_init import load_bert
+from blip.models.blip2_base import Blip2Base
+from blip.models.blip2_config import Blip2Config
+from blip.models.blip2_weights import adopt_stage2, is_text_side, stage2_sizes
+from blip.models.generate import draws_of
+from blip.models.lemmas import lemmatize
+from blip.models.llm import LLMConfig, build_llm
+from blip.models.llm_presets import sizes_of_llm
+from blip.models.vision import find_file
+from blip.registry import MODELS
+
+log = logging.getLogger(__name__)
+
+LLM = "llm.model."
+"""What the names of the frozen language model's tensors begin with."""
+
+
+@dataclass
+class Blip2LlmConfig(Blip2Config):
+    """Sizes and switches of BLIP-2 with a language model; LAVIS's names where it has them."""
+
+    llm_model: str | None = None
+    """Language model: a folder (as given, else below the data root) or a Hugging Face name; null: `llm.sizes`
+    with random weights."""
+    load_llm: bool = True
+    """Start from the weights of `llm_model`; false: from random ones."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    """How it is built and used."""
+    prompt: str = ""
+    """What a text begins with: put before what is to be generated, and no target in training. With a place
+    `{}`: what questions stand in."""
+    qformer_text_input: bool = False
+    """Let the Q-Former read the question or instruction beside its queries, too."""
+    max_output_txt_len: int | None = None
+    """Longest text to be learned where it continues another, in tokens; longer ones are cut; null:
+    `max_txt_len`."""
+    apply_lemmatizer: bool = False
+    """Reduce nouns and verbs of answers to their lemmas, by spaCy, which has to be installed besides."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        found = super().problems() + self._at_least(1, "max_output_txt_len")
+        if self.qformer_text_input:
+            found += self._text_problems()
+        elif self.qformer.init_from:
+            found.append(
+                "qformer.init_from: a BERT starts a Q-Former that reads text, and this one reads none; start"
+                " from stage 1 with model.init_from, or set qformer_text_input"
+            )
+        return found
+
+    def language_model(self) -> LLMConfig:
+        """The section of the language model, with the sizes that are known by its name."""
+        return replace(self.llm, sizes=sizes_of_llm(self.llm_model, self.llm.sizes))
+
+
+class Texts(NamedTuple):
+    """What the texts of a batch ask for, B each."""
+
+    given: list[str]
+    """Read by the language model first."""
+    wanted: list[str] | None
+    """What it is to continue that by; None: what is given is to be written."""
+    read: list[str]
+    """Read by the Q-Former beside its queries, if it reads."""
+
+
+@MODELS.register("blip2_llm")
+class Blip2Llm(Blip2Base):
+    """Tower, Q-Former and a frozen language model.
+
+    Args:
+        config: sizes.
+        data_root: where the language model may lie; None: the environment variable BLIP_DATA, else `data`.
+
+    Shape:
+        batch: `image` (B, 3, H, W), or (B, F, 3, H, W) of videos, or `image_embeds` (B, P, D_image) or
+            (B, F, P, D_image); `text_input`, B texts; optional `text_output`, B texts.
+        returns: `loss` = `loss_lm`.
+    """
+
+    config_class: ClassVar[type[Blip2LlmConfig]] = Blip2LlmConfig
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"base": {}}
+    freezable = ("vision.", LLM)
+    generation: ClassVar[dict[str, Any]] = {"max_length": 30, "repetition_penalty": 1.0}
+    """What `generate` does where it is not told."""
+    reads_prompt: ClassVar[bool] = False
+    """The Q-Former reads a question as the prompt puts it, not the question alone."""
+
+    def __init__(self, config: Blip2LlmConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, with_text=config.qformer_text_input)
+        unread = self.qformer.blocks()[-1].text_ffn
+        if unread is not None:  # nobody reads what the last layer makes of the text
+            unread.requires_grad_(False)
+        self.llm = build_llm(config.llm_model, config.language_model(), data_root)
+        self.llm_proj = nn.Linear(config.qformer.width, self.llm.hidden_size)
+        self._data_root = data_root
+
+    @classmethod
+    def build(cls, config: Any, data_root: str | Path | None = None) -> Self:
+        """A model with random weights; configuration and tokenizer of its language model may be read."""
+        return cls(config, data_root)
+
+    # Training
+
+    def text_columns(self) -> dict[str, int | None]:
+        """Texts are tokenised in `prepare`: their tokens depend on each other."""
+        return {}
+
+    @property
+    def pad_id(self) -> int:
+        """Of the Q-Former's texts, if it reads any."""
+        return super().pad_id if self.config.qformer_text_input else 0
+
+    def count_targets(self, batch: dict[str, Any]) -> int:
+        """Tokens to be learned."""
+        return int((batch["llm_labels"] != -100).sum())
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with `llm_ids`, `llm_mask`, `llm_labels`; for the Q-Former `text_ids`, `text_mask`."""
+        if "llm_ids" in batch:
+            return batch
+        config, tokenizer, texts = self.config, self.llm.tokenizer, self.texts(batch)
+        if texts.wanted is None:
+            tokens = tokenizer.text(texts.given, config.prompt, config.max_txt_len)
+        else:
+            longest = config.max_output_txt_len or config.max_txt_len
+            tokens = tokenizer.train(texts.given, texts.wanted, config.max_txt_len, longest)
+        return {**batch, **tokens, **self._for_qformer(texts.read)}
+
+    def texts(self, batch: dict[str, Any]) -> Texts:
+        """What a batch asks for; random parts and answers are drawn by (seed, step, row)."""
+        texts = ask.as_list(batch["text_input"])
+        prompt = self.config.prompt
+        if "text_output" in batch:
+            return Texts(texts, ask.as_list(batch["text_output"]), texts)
+        if "answer" in batch:
+            asked = [ask.filled(prompt, [text]) for text in texts] if ask.PLACE in prompt else texts
+            return Texts(asked, self._one_answer_each(batch), asked if self.reads_prompt else texts)
+        begins = [prompt] * len(texts)
+        if not self.llm.is_encoder_decoder:
+            return Texts(texts, None, begins)
+        if prompt.strip():
+            return Texts(begins, [ask.without(prompt, text) for text in texts], begins)
+        places = self._random(batch, "prefix")
+        parts = [ask.split_text(text, place) for text, place in zip(texts, places, strict=True)]
+        given = [prefix for prefix, _ in parts]
+        return Texts(given, [rest for _, rest in parts], given)
+
+    def _one_answer_each(self, batch: dict[str, Any]) -> list[str]:
+        """An answer per question, drawn by the answers' weights."""
+        found, start = [], 0
+        weights = batch["weight"].double() if "weight" in batch else torch.ones(len(batch["answer"]))
+        for place, count in zip(self._random(batch, "answer"), batch["n_answers"].tolist(), strict=True):
+            up_to = weights[start : start + count].double().cumsum(0)
+            which = int(torch.searchsorted(up_to, place * up_to[-1], right=True).clamp(max=count - 1))
+            found.append(batch["answer"][start + which])
+            start += count
+        return found
+
+    def _random(self, batch: dict[str, Any], what: str) -> list[float]:
+        """A number in [0, 1) per row of the global batch of this step."""
+        rows = batch.get("rows")
+        rows = torch.arange(len(ask.as_list(batch["text_input"]))) if rows is None else rows.cpu()
+        return keyed.uniform(rows, batch.get("seed", 0), what, batch.get("step", 0)).tolist()
+
+    def _for_qformer(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens of what the Q-Former reads; the beginning of a long text is cut off."""
+        if not self.config.qformer_text_input:
+            return {}
+        return self.word_pieces(list(texts), self.config.max_txt_len, cut="left")
+
+    def forward(self, batch: dict[str, Any]) -> Output:
+        batch = self._on_device(self.prepare(batch))
+        tokens = (batch["llm_ids"], batch["llm_mask"], batch["llm_labels"])
+        counts = (batch.get("num_targets"), batch.get("loss_tokens"))
+        loss = self.llm.loss(self.soft_tokens(batch), *tokens, *counts)
+        return Output(loss=loss, loss_lm=loss)
+
+    def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        device = self.device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def soft_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """What the language model is given for each picture: (B, Q, H); of videos (B, F * Q, H).
+
+        The Q-Former looks at each frame by itself, with the same text.
+
+        Args:
+            batch: `image` or `image_embeds`; with `qformer_text_input` also `text_ids`, `text_mask` (B, T).
+        """
+        states, frames = self.image_states(batch), 1
+        if states.ndim == 4:
+            frames, states = states.shape[1], states.flatten(0, 1)
+        elif "image_embeds" not in batch and batch["image"].ndim == 5:
+            frames = batch["image"].shape[1]
+            states = states.unflatten(1, (frames, -1)).flatten(0, 1)
+        images = [(self.image_keys(states), 1)]
+        if self.config.qformer_text_input:
+            ids, mask = (batch[key].repeat_interleave(frames, dim=0) for key in ("text_ids", "text_mask"))
+            mask = torch.cat([mask.new_ones(len(mask), self.config.num_query_token), mask], dim=1)
+            found = self.qformer(self.qformer.embedding(ids), padding_mask(mask), images, keep="queries")
+        else:
+            found = self.qformer(images=images)
+        return self.llm_proj(found.queries).unflatten(0, (-1, frames)).flatten(1, 2)
+
+    # Inference
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 5,
+        max_length: int | None = None,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float | None = None,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+        prompt: str | Sequence[str] | None = None,
+        top_k: int = 0,
+        seed: int | None = None,
+    ) -> list[str]:
+        """What the language model writes about each picture.
+
+        Args:
+            samples: `image` (or `image_embeds`); optional `prompt`, one text or one per picture; optional
+                `ocr_tokens`, lists of words read in the pictures, for a prompt with `{}`.
+            use_nucleus_sampling: draw with `top_p`, `top_k` and `temperature`, instead of following beams.
+            num_beams: texts that are followed at once.
+            max_length: new tokens at most; None: 30, of InstructBLIP 256.
+            min_length: new tokens at least.
+            top_p: draw among the fewest tokens that have this probability together.
+            repetition_penalty: above 1, new words that are there become less likely; None: 1, of InstructBLIP
+                1.5.
+            length_penalty: scores of beams are divided by the length to this power.
+            num_captions: texts per picture; a picture's texts are returned together.
+            temperature: logits are divided by it before drawing.
+            prompt: in place of that of `samples`, which is in place of the model's own.
+            top_k: draw among so many most likely tokens; 0 = all.
+            seed: of sampling; the same seed gives the same texts, whatever the batch.
+
+        Raises:
+            UsageError: not one prompt per picture.
+        """
+        how: dict[str, Any] = {
+            **self.generation,
+            "min_length": min_length,
+            "length_penalty": length_penalty,
+            "num_captions": num_captions,
+        }
+        told = {"max_length": max_length, "repetition_penalty": repetition_penalty}
+        how |= {key: value for key, value in told.items() if value is not None}
+        if use_nucleus_sampling:
+            how |= {"sample": True, "top_p": top_p, "top_k": top_k, "temperature": temperature}
+        else:
+            how["num_beams"] = num_beams
+        prompts = self.prompts(samples, prompt)
+        return self._write(samples, prompts, prompts, how, seed)
+
+    def prompts(self, samples: dict[str, Any], prompt: str | Sequence[str] | None = None) -> list[str]:
+        """One prompt per picture, as `generate` takes them.
+
+        Raises:
+            UsageError: not one per picture, or no picture.
+        """
+        pictures = next((samples[key] for key in ("image_embeds", "image") if key in samples), None)
+        if pictures is None:
+            raise UsageError("samples: neither image nor image_embeds")
+        given = samples.get("prompt", self.config.prompt) if prompt is None else prompt
+        prompts = ask.one_each(given, len(pictures))
+        return ask.with_words(prompts, samples["ocr_tokens"]) if "ocr_tokens" in samples else prompts
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: Sequence[str] | None = None,
+        prompt: str | None = "",
+        length_penalty: float | None = None,
+    ) -> list[str]:
+        """An answer to each question.
+
+        Args:
+            samples: `image` and `text_input`, B questions; optional `ocr_tokens` or `choices`, a list each.
+            num_beams: answers that are followed at once (`generate`).
+            inference_method: `generate` an answer, or `rank` those of `answer_list`.
+            max_len: longest generated answer, in tokens.
+            min_len: shortest one.
+            num_ans_candidates: answers that are scored at a time (`rank`).
+            answer_list: candidates.
+            prompt: with `{}` for the question; two of them: words read in the picture or choices, too. Empty:
+                the model's own where it has `{}`, else the question as it is.
+            length_penalty: of beams; None: as in LAVIS 0 for decoders, -1 for encoder-decoders.
+
+        Raises:
+            UsageError: unknown method, or nothing to rank.
+        """
+        if inference_method not in ("generate", "rank"):
+            raise UsageError(
+                f"inference_method: {inference_method!r}{hint(inference_method, ('generate', 'rank'))}"
+            )
+        if inference_method == "rank" and not answer_list:
+            raise UsageError("inference_method 'rank' needs answer_list")
+        prompt = prompt or (self.config.prompt if ask.PLACE in self.config.prompt else ask.PLACE)
+        prompts = ask.question_prompts(samples, prompt)
+        read = prompts if self.reads_prompt else ask.as_list(samples["text_input"])
+        if inference_method == "rank" and answer_list:
+            scores = self._scores(samples, prompts, read, answer_list, num_ans_candidates)
+            answers = [answer_list[i] for i in scores.argmax(dim=1).tolist()]
+        else:
+            own = -1.0 if self.llm.is_encoder_decoder else 0.0
+            how = {**self.generation, "num_beams": num_beams, "max_length": max_len, "min_length": min_len}
+            how["length_penalty"] = own if length_penalty is None else length_penalty
+            answers = self._write(samples, prompts, read, how)
+        wanted = samples.get("apply_lemmatizer", self.config.apply_lemmatizer)
+        return lemmatize(answers) if wanted else answers
+
+    def chat(
+        self,
+        samples: dict[str, Any],
+        message: str,
+        history: Sequence[tuple[str, str]] = (),
+        **generation: Any,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """One turn of a conversation about a picture.
+
+        Args:
+            samples: one picture.
+            message: what the user says.
+            history: earlier turns, (message, reply) each.
+            **generation: as of `generate`.
+
+        Returns:
+            the reply, and the history with this turn.
+        """
+        reply = self.generate(samples, prompt=[self.dialog(message, history)], **generation)[0]
+        return reply, [*history, (message, reply)]
+
+    def dialog(self, message: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """A conversation as one prompt, as BLIP-2's demonstrations have it."""
+        said = [ask.filled("Question: {} Answer: {}.", turn) for turn in history]
+        return " ".join([*said, ask.filled("Question: {} Answer:", [message])])
+
+    def _write(
+        self,
+        samples: dict[str, Any],
+        prompts: list[str],
+        read: list[str],
+        how: dict[str, Any],
+        seed: int | None = None,
+    ) -> list[str]:
+        """Texts that continue the prompts; `how` are fields of `Decoding`."""
+        tokenizer = self.llm.tokenizer
+        rules = Decoding(tokenizer.end_id, tokenizer.pad_id, count_prompt=False, **how)
+        draws = draws_of(samples, len(prompts), seed, self.device) if rules.sample else None
+        ids, mask = tokenizer.prompt(prompts)
+        prefix = self._prefix(samples, read)
+        return tokenizer.decode(self.llm.generate(prefix, ids, mask, rules, draws).ids)
+
+    def _scores(
+        self,
+        samples: dict[str, Any],
+        prompts: list[str],
+        read: list[str],
+        candidates: Sequence[str],
+        segment: int,
+    ) -> Tensor:
+        """Log-probability of each candidate behind each prompt, (B, N)."""
+        tokenizer = self.llm.tokenizer
+        prefix = self._prefix(samples, read)
+        ids, mask = tokenizer.prompt(prompts)
+        return self.llm.log_likelihood(prefix, ids, mask, *tokenizer.candidates(list(candidates)), segment)
+
+    def _prefix(self, samples: dict[str, Any], read: list[str]) -> Tensor:
+        return self.soft_tokens(self._on_device({**samples, **self._for_qformer(read)}))
+
+    # Freezing, checkpoints, optimizer
+
+    @classmethod
+    def sizes_of(cls, tensors: Mapping[str, Tensor]) -> Sizes:
+        """What weights tell; the language model shows by its width."""
+        return stage2_sizes(tensors, [preset.get("llm_model") for preset in cls.presets.values()])
+
+    def adopt(self, tensors: dict[str, Tensor]) -> Adopted:
+        """Weights of stage 1, or of stage 2 with this or another language model.
+
+        The text side of the Q-Former starts from BERT where they have none and `qformer.init_from` names one.
+        """
+        if any(name.startswith(LLM) for name in tensors):
+            self.llm.to(self.device)  # until then a language model that is known by its name has no values
+        named = self.config.llm_model is not None and self.config.load_llm
+        found = adopt_stage2(tensors, self.state_dict(), llm_may_stay=not named)
+        bert = self.config.qformer.init_from
+        if bert and any(is_text_side(name) for name in found.kept):
+            source = str(find_file(bert, self._data_root) or bert)
+            log.info("%s", load_bert(self.qformer.bert_parts(), None, source))
+        return found
+
+    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
+        """Load tower, the Q-Former's text side and language model from where the configuration says."""
+        return [*super().load_parts(data_root), *self._load_llm(data_root)]
+
+    def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
+        """Load tower and language model, whichever is wanted."""
+        lines = super().load_frozen(prefixes, data_root)
+        return [*lines, *(self._load_llm(data_root) if LLM in prefixes else [])]
+
+    def _load_llm(self, data_root: str | Path | None) -> list[str]:
+        return self.llm.load_initial(data_root) if self.config.load_llm else []
+
+    def frozen_parts(self) -> dict[str, str]:
+        """Tower and language model where they were loaded from elsewhere and never trained here."""
+        source = self.llm.loaded_from
+        return super().frozen_parts() | ({LLM: source} if source else {})

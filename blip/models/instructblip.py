@@ -1,0 +1,131 @@
+"""InstructBLIP: BLIP-2 whose Q-Former reads the instruction, too (InstructBLIP, section 2.3).
+
+Training continues instructions, `text_input`, by `text_output`. Inference generates, or ranks candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from blip.errors import UsageError
+from blip.models import prompts as ask
+from blip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, VICUNA_7B, VICUNA_13B
+from blip.registry import MODELS
+
+_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/InstructBLIP/"
+# What LAVIS's InstructBLIP starts from, beside the language model, where no weights of the whole are given.
+EVA_AND_BERT: dict[str, Any] = {
+    "vit_init_from": "eva_vit_g.pth",
+    "qformer": {"init_from": "bert-base-uncased"},
+}
+
+
+@dataclass
+class Blip2LlmInstructConfig(Blip2LlmConfig):
+    """Sizes and switches of InstructBLIP."""
+
+    qformer_text_input: bool = True
+    """Let the Q-Former read the instruction beside its queries; false: BLIP-2's stage 2."""
+    max_txt_len: int = 128
+    """Longest instruction, in tokens; the beginning of a longer one is cut off."""
+    max_output_txt_len: int | None = 256
+    """Longest text to be learned, in tokens; longer ones are cut; null: `max_txt_len`."""
+
+
+@MODELS.register("blip2_llm_instruct")
+class Blip2LlmInstruct(Blip2Llm):
+    """Tower, instruction-aware Q-Former and a frozen language model; shapes as `Blip2Llm`."""
+
+    config_class = Blip2LlmInstructConfig
+    generation: ClassVar[dict[str, Any]] = {"max_length": 256, "repetition_penalty": 1.5}
+    reads_prompt: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def predict_class(
+        self,
+        samples: dict[str, Any],
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        n_segments: int = 1,
+        prompt: str | Sequence[str] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Candidates from the most likely to the least likely one.
+
+        Args:
+            samples: `image`; optional `prompt`, as of `generate`; optional `text_input`, one text, or a list
+                of texts for a prompt with several places, per picture; optional `context`, `history` (of a
+                dialog) and `caption`, one each.
+            candidates: N texts, or a list of texts for each picture.
+            n_segments: parts in which candidates are scored, to save memory.
+            prompt: as of `generate`, with `{}` for `text_input`.
+
+        Returns:
+            int64 (B, N), numbers of candidates; of lists of different length a list of (N,).
+
+        Raises:
+            UsageError: no candidates for a picture, or no parts.
+        """
+        samples = {key: value for key, value in samples.items() if key != "ocr_tokens"}
+        prompts = ask.class_prompts(samples, self.prompts(samples, prompt))
+        own = candidates and not isinstance(candidates[0], str)
+        if not candidates or (own and (len(candidates) != len(prompts) or not all(candidates))):
+            raise UsageError(f"candidates: give some texts, or some for each of the {len(prompts)} pictures")
+        if n_segments < 1:
+            raise UsageError(f"n_segments: {n_segments} is below 1")
+        if not own:
+            return self._ranked(samples, prompts, list(candidates), n_segments)  # type: ignore[arg-type]
+        found = []
+        for row, some in enumerate(candidates):
+            one = {k: v[row : row + 1] if isinstance(v, Tensor | list) else v for k, v in samples.items()}
+            found.append(self._ranked(one, prompts[row : row + 1], list(some), n_segments)[0])
+        return torch.stack(found) if len({len(order) for order in found}) == 1 else found
+
+    def _ranked(
+        self, samples: dict[str, Any], prompts: list[str], candidates: list[str], n_segments: int
+    ) -> Tensor:
+        scores = self._scores(samples, prompts, prompts, candidates, -(-len(candidates) // n_segments))
+        return scores.argsort(dim=1, descending=True, stable=True)
+
+    def dialog(self, message: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """A conversation as one prompt: what was said is put in front as of ranking, the first turn bare."""
+        said = "\n".join(ask.filled("User: {}\nAssistant: {}", turn) for turn in history)
+        return ask.PREFIXES["history"].format(said) + message if said else message
+
+
+@MODELS.register("blip2_t5_instruct")
+class Blip2T5Instruct(Blip2LlmInstruct):
+    """InstructBLIP with FlanT5."""
+
+    presets: ClassVar = {
+        "flant5xl": {**EVA_AND_BERT, **FLAN_T5_XL},
+        "flant5xxl": {**EVA_AND_BERT, **FLAN_T5_XXL},
+    }
+    published: ClassVar = {
+        "flant5xl": _LAVIS + "instruct_blip_flanxl_trimmed.pth",
+        "flant5xxl": _LAVIS + "instruct_blip_flanxxl_trimmed.pth",
+    }
+    starts = published
+
+
+@MODELS.register("blip2_vicuna_instruct")
+class Blip2VicunaInstruct(Blip2LlmInstruct):
+    """InstructBLIP with Vicuna."""
+
+    presets: ClassVar = {
+        "vicuna7b": {**EVA_AND_BERT, **VICUNA_7B},
+        "vicuna13b": {**EVA_AND_BERT, **VICUNA_13B},
+    }
+    published: ClassVar = {
+        "vicuna7b": _LAVIS + "instruct_blip_vicuna7b_trimmed.pth",
+        "vicuna13b": _LAVIS + "instruct_blip_vicuna13b_trimmed.pth",
+    }
+    starts = published
+    default_processors: ClassVar = {
+        "vis_processor": {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}},
+        "text_processor": {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption"}},
+    }
