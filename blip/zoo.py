@@ -224,7 +224,7 @@ def _load(
         config = _config(cls, arch, model_type, values, overrides, preset={})  # the values are complete
     else:
         config = _foreign_config(source, weights, cls, arch, model_type, device, overrides)
-    model = cls(config)
+    model = cls.build(config, source.data_root)
     if source.processors is not None:
         model.processors = source.processors
     _fill(model, weights, source)
@@ -277,22 +277,23 @@ def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
     absent = left_out(weights.tensors, model.freezable)
     for line in fill(model, weights, f"'{source.name}'", absent):
         log.info("%s", line)
-    if absent and not _load_frozen(model, absent, source):
-        parts = ", ".join(prefix.rstrip(".") for prefix in absent)
+    lost = [prefix.rstrip(".") for prefix in absent if not _load_frozen(model, prefix, source)]
+    if lost:
         raise CheckpointError(
-            f"'{source.name}' leaves out {parts}, which was frozen, and nothing says where its weights are"
+            f"'{source.name}' leaves out {' and '.join(lost)}, which was frozen, and nothing says where its"
+            " weights are"
         )
 
 
-def _load_frozen(model: BlipModel, absent: list[str], source: Source) -> list[str]:
+def _load_frozen(model: BlipModel, prefix: str, source: Source) -> list[str]:
     """Look where the run did, below the data root, and where LAVIS keeps its downloads."""
     failure: CheckpointError | None = None
     for root in dict.fromkeys((source.data_root, None, str(torch_cache()))):
         try:
-            return model.load_frozen(absent, root)
+            return model.load_frozen([prefix], root)
         except CheckpointError as error:
             failure = failure or error
-    raise CheckpointError(f"'{source.name}' leaves out {', '.join(absent)}: {failure}") from failure
+    raise CheckpointError(f"'{source.name}' leaves out {prefix}: {failure}") from failure
 
 
 def _from_scratch(
@@ -300,7 +301,9 @@ def _from_scratch(
 ) -> BlipModel:
     """Random weights; of the parts only those are read whose source an override names."""
     preset = _without_sources(cls.presets.get(model_type, {}))
-    model = cls(_config(cls, arch, model_type, {}, overrides, preset))
+    if "llm_model" in preset and "llm_model" not in overrides:
+        preset["load_llm"] = False
+    model = cls.build(_config(cls, arch, model_type, {}, overrides, preset))
     for line in model.load_parts():
         log.info("%s", line)
     return model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip.errors import CheckpointError, hint
-from blip.formats import bert, lavis_blip
+from blip.formats import bert, lavis_blip, stage2
 from blip.formats.rules import Omit, Rename, Rule, Table, Transform, expand
 
 
@@ -110,7 +110,22 @@ def _blip_heads() -> list[Rule]:
     return expand([Rename(name, name) for name in names], part=bert.PARTS)
 
 
+def _with_llm(reads_text: bool) -> list[Rule]:
+    rest = expand(_qformer_layers(), part=bert.PARTS)
+    return [*expand(_eva_tower(), part=bert.PARTS), *stage2.hf(rest, reads_text)]
+
+
 BLIP2_RETRIEVAL = Table("Hugging Face weights of Blip2ForImageTextRetrieval", _retrieval())
+BLIP2_GENERATION = Table(
+    "Hugging Face weights of Blip2ForConditionalGeneration",
+    _with_llm(reads_text=False),
+    needs=["language_projection.", "qformer.layernorm."],
+)
+INSTRUCTBLIP = Table(
+    "Hugging Face weights of InstructBlipForConditionalGeneration",
+    _with_llm(reads_text=True),
+    needs=["language_projection.", "qformer.embeddings."],
+)
 BLIP_RETRIEVAL = Table(
     "Hugging Face weights of BlipForImageTextRetrieval",
     [*_blip_encoder(), *_blip_heads()],
@@ -138,6 +153,8 @@ TABLES = {
     "blip2": BLIP2_RETRIEVAL,
     "blip2_feature_extractor": BLIP2_RETRIEVAL,
     "blip2_image_text_matching": BLIP2_RETRIEVAL,
+    **dict.fromkeys(("blip2_opt", "blip2_t5", "blip2_llm"), BLIP2_GENERATION),
+    **dict.fromkeys(("blip2_t5_instruct", "blip2_vicuna_instruct", "blip2_llm_instruct"), INSTRUCTBLIP),
     "blip_image_text_matching": BLIP_RETRIEVAL,
     "blip_retrieval": BLIP_TRAINED_RETRIEVAL,
     "blip_caption": BLIP_CAPTION,

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, UsageError, hint
-from blip.formats import hf, hf_blip
+from blip.formats import hf, hf_blip, hf_llm
 from blip.formats.hf_blip import BERT, EXPLICIT, VIT, check_fixed, check_stem
+from blip.weights import untie
+
+
+def _word_pieces(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    found = any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt"))
+    return {**values, "tokenizer": str(folder)} if found else values
 
 
 class HfModel(NamedTuple):
@@ -24,6 +30,8 @@ class HfModel(NamedTuple):
     """Their configuration -> values of ours."""
     build: Callable[[Any, Any], Any]
     """Our configuration and model -> their model, with random weights."""
+    tokenizers: Callable[[Path, dict[str, Any]], dict[str, Any]] = _word_pieces
+    """Folder and values of ours -> values with the tokenizers that the folder holds."""
     also: tuple[str, ...] = ()
     """Further models of ours whose weights it can hold."""
     explicit: tuple[str, ...] = ()
@@ -94,6 +102,20 @@ CLASSES = {
         _build_retrieval,
         also=("blip2", "blip2_feature_extractor"),
     ),
+    "Blip2ForConditionalGeneration": HfModel(
+        "blip2_llm",
+        hf_llm.generation_values,
+        hf_llm.build_generation,
+        hf_llm.tokenizers,
+        also=("blip2_opt", "blip2_t5"),
+    ),
+    "InstructBlipForConditionalGeneration": HfModel(
+        "blip2_llm_instruct",
+        hf_llm.instruct_values,
+        hf_llm.build_instruct,
+        hf_llm.tokenizers,
+        also=("blip2_t5_instruct", "blip2_vicuna_instruct"),
+    ),
     "BlipForImageTextRetrieval": HfModel(
         "blip_image_text_matching",
         hf_blip.retrieval_values,
@@ -134,9 +156,8 @@ def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, 
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"'{folder}': config.json is none of a {name} ({reason})") from error
-    if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
-        values["tokenizer"] = str(folder)
-    return CLASSES[name].arch, values
+    values = CLASSES[name].tokenizers(folder, values)
+    return values.pop("arch", CLASSES[name].arch), values
 
 
 def _check_explicit(folder: Path, keys: tuple[str, ...]) -> None:
@@ -167,5 +188,6 @@ def to_model(arch: str, model: Any) -> Any:
     config: ModelConfig = model.config
     theirs = fitting.build(config, model)
     state: Mapping[str, Tensor] = hf.table(arch).to_theirs(model.state_dict()).state
+    untie(theirs, state)
     theirs.load_state_dict(dict(state))
     return theirs.eval()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip.errors import CheckpointError, hint
-from blip.formats import bert, lavis_blip
+from blip.formats import bert, lavis_blip, stage2
 from blip.formats.lavis_blip import tower
 from blip.formats.rules import Rename, Rule, Table, Transform, expand
 from blip.layers.vit import OPENAI_CLIP_NAMES
@@ -61,11 +61,34 @@ def _stage1(tower: str, rules: list[Rule]) -> Table:
     return Table(f"LAVIS weights of BLIP-2 stage 1 ({tower})", [*rules, *_qformer(), *_heads()])
 
 
+def _with_llm(llm: str, reads: bool = False) -> dict[str, Table]:
+    """Stage 2 or InstructBLIP, by tower.
+
+    Args:
+        llm: what the language model is called: opt, t5 or llm.
+        reads: for InstructBLIP, whose Q-Former reads the instruction.
+    """
+    name = "InstructBLIP" if reads else "BLIP-2 stage 2"
+    needs = [f"{llm}_proj.", *([f"{_EMBEDDINGS}.word_embeddings."] if reads else [])]
+    towers = {"clip_L": ("CLIP tower", _clip_tower()), "": ("EVA or BLIP tower", tower())}
+    return {
+        key: Table(f"LAVIS weights of {name} ({which}, {llm})", [*rules, *stage2.lavis(llm)], needs)
+        for key, (which, rules) in towers.items()
+    }
+
+
 _STAGE1 = {"clip_L": _stage1("CLIP tower", _clip_tower()), "": _stage1("EVA or BLIP tower", tower())}
 TABLES = {
     "blip2": _STAGE1,
     "blip2_feature_extractor": _STAGE1,
     "blip2_image_text_matching": _STAGE1,
+    # Those that need more stand first: what the others need, they have, too.
+    "blip2_t5_instruct": _with_llm("t5", reads=True),
+    "blip2_vicuna_instruct": _with_llm("llm", reads=True),
+    "blip2_llm_instruct": _with_llm("llm", reads=True),
+    "blip2_opt": _with_llm("opt"),
+    "blip2_t5": _with_llm("t5"),
+    "blip2_llm": _with_llm("llm"),
     **lavis_blip.TABLES,
 }
 """Registry name -> variant -> table; the variant "" stands for all that have no line of their own."""

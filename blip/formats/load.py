@@ -31,9 +31,11 @@ def load_any(model: Any, source: str | Path, data_root: str | Path | None = None
     """
     name = f"'{source}'"
     weights = recognise(read_weights(local_copy(source)), model.config.arch or None, name)
-    absent = left_out(weights.tensors, model.freezable)
-    lines = model.load_frozen(absent, data_root) if absent else []
-    present = [prefix for prefix in absent if prefix in model.frozen_parts()]
+    lines, present = [], []
+    for prefix in left_out(weights.tensors, model.freezable):
+        if found := model.load_frozen([prefix], data_root):
+            lines += found
+            present.append(prefix)
     return [*lines, *fill(model, weights, name, present)]
 
 

@@ -259,7 +259,7 @@ def test_a_run_s_processors_stay_with_its_model(tmp_path: Path) -> None:
         ('{"format": "blip"}', "has no section 'config'"),
         ('{"format": "blip", "config": {"arch": "blip2", "witdh": 3}}', "model.witdh"),
         ('{"format": "blip", "config": {"arch": "blip2", "tokenizer": "${oc.env:HOME}"}}', "recipe is data"),
-        ('{"architectures": ["Blip2ForConditionalGeneration"]}', "has no counterpart here"),
+        ('{"architectures": ["LlavaForConditionalGeneration"]}', "has no counterpart here"),
     ],
 )
 def test_a_damaged_or_foreign_configuration_is_named(tmp_path: Path, content: str, message: str) -> None:

@@ -1,0 +1,175 @@
+"""Configurations of transformers' BLIP-2 and InstructBLIP with a language model, as ours and back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip.errors import UsageError
+from blip.formats.hf_blip import BERT, VIT, check_fixed, check_stem
+
+_FIXED = {
+    "vision_config.hidden_act": "gelu",
+    "vision_config.qkv_bias": True,
+    "qformer_config.hidden_act": "gelu",
+}
+_OPT_NEWLINE = 50118
+"""What ends a text of OPT in BLIP-2, in transformers by its number."""
+_NOT_SIZES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
+_SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
+"""Keys that configurations take without listing them."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_QFORMER_TOKENIZER = "qformer_tokenizer"
+"""Folder in which InstructBLIP's processor keeps the Q-Former's tokenizer."""
+
+
+def generation_values(config: Any) -> dict[str, Any]:
+    """Values of BLIP-2's stage 2."""
+    check_fixed(config, {**_FIXED, "qformer_config.use_qformer_text_input": False}, "BLIP-2")
+    arch = {"opt": "blip2_opt", "t5": "blip2_t5"}.get(config.text_config.model_type, "blip2_llm")
+    return {"arch": arch, **_values(config), "qformer_text_input": False, "max_txt_len": 32}
+
+
+def instruct_values(config: Any) -> dict[str, Any]:
+    """Values of InstructBLIP."""
+    check_fixed(config, _FIXED, "InstructBLIP")
+    qformer = config.qformer_config
+    archs = {"llama": "blip2_vicuna_instruct", "t5": "blip2_t5_instruct"}
+    return {
+        "arch": archs.get(config.text_config.model_type, "blip2_llm_instruct"),
+        **_values(config),
+        "qformer_text_input": True,
+        "vocab_size": qformer.vocab_size,
+        "max_txt_len": min(128, qformer.max_position_embeddings),
+    }
+
+
+def _values(config: Any) -> dict[str, Any]:
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    sizes = {key: value for key, value in text.to_diff_dict().items() if _is_size(key, type(text)())}
+    newline = text.model_type == "opt" and text.eos_token_id == _OPT_NEWLINE
+    return {
+        "vit_model": "eva_clip_g",
+        "vit_init_from": None,  # the tower and the language model are among the weights
+        "image_size": vision.image_size,
+        "vit": {ours: getattr(vision, theirs) for ours, theirs in VIT.items()},
+        "num_query_token": config.num_query_tokens,
+        "cross_attention_freq": qformer.cross_attention_frequency,
+        "qformer": {ours: getattr(qformer, theirs) for ours, theirs in BERT.items()},
+        "dropout": qformer.hidden_dropout_prob,
+        "prompt": "",
+        "llm_model": None,
+        "llm": {
+            "sizes": {"model_type": text.model_type, **sizes},
+            "half": "bf16" if text.model_type == "t5" else "fp16",
+            "end": "\n" if newline else None,
+        },
+    }
+
+
+def _is_size(key: str, plain: Any) -> bool:
+    """Whether a language model of this kind is built by that key; `plain` is a configuration of its class."""
+    return key not in _NOT_SIZES and (hasattr(plain, key) or key in _SIZES)
+
+
+def tokenizers(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the tokenizers that a folder holds beside the weights."""
+    own = folder / _QFORMER_TOKENIZER
+    found = dict(values)
+    if _has_tokenizer(folder):
+        found["llm"] = {**values["llm"], "tokenizer": str(folder)}
+    if values["qformer_text_input"] and _has_tokenizer(own):
+        found["tokenizer"] = str(own)
+    return found
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def build_generation(config: Any, model: Any) -> Any:
+    """Blip2ForConditionalGeneration."""
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+    )
+
+    name = "Blip2ForConditionalGeneration"
+    if config.qformer_text_input:
+        raise UsageError(f"to_hf: the Q-Former of {name} reads no text, and this one does")
+    parts = _parts(config, model, name, Blip2VisionConfig, Blip2QFormerConfig)
+    return Blip2ForConditionalGeneration(Blip2Config(**parts))
+
+
+def build_instruct(config: Any, model: Any) -> Any:
+    """InstructBlipForConditionalGeneration."""
+    from transformers import (
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+    )
+
+    name = "InstructBlipForConditionalGeneration"
+    if not config.qformer_text_input:
+        raise UsageError(f"to_hf: the Q-Former of {name} reads text, and this one does not")
+    parts = _parts(config, model, name, InstructBlipVisionConfig, InstructBlipQFormerConfig)
+    parts["qformer_config"].vocab_size = model.qformer.embedding.word.num_embeddings
+    return InstructBlipForConditionalGeneration(InstructBlipConfig(**parts))
+
+
+def _parts(config: Any, model: Any, name: str, vision_class: Any, qformer_class: Any) -> dict[str, Any]:
+    """Arguments of their configuration."""
+    if config.vit_model != "eva_clip_g":
+        raise UsageError(f"to_hf: {name} has an EVA tower (eva_clip_g), not {config.vit_model}")
+    if len(model.llm.lora):
+        raise UsageError(f"to_hf: {name} has no place for model.llm.lora's additions to the language model")
+    if config.llm.quantization != "none":
+        raise UsageError(
+            f"to_hf: the language model is quantised ({config.llm.quantization}); load it with"
+            " model.llm.quantization none"
+        )
+    vit = model.vision.vit.config
+    check_stem(vit)
+    # transformers has one epsilon for the blocks and for `ln_vision`, whose own is 1e-5 here and in LAVIS.
+    return {
+        "vision_config": vision_class(
+            image_size=vit.image_size, **{theirs: getattr(vit, ours) for ours, theirs in VIT.items()}
+        ),
+        "qformer_config": qformer_class(
+            cross_attention_frequency=config.cross_attention_freq,
+            encoder_hidden_size=vit.width,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            **{theirs: getattr(config.qformer, ours) for ours, theirs in BERT.items()},
+        ),
+        "text_config": _text_config(config, model.llm),
+        "num_query_tokens": config.num_query_token,
+        "image_token_index": _image_token(model.llm),
+    }
+
+
+def _text_config(config: Any, llm: Any) -> Any:
+    """The language model's own, with what ends and begins its texts."""
+    text = copy.deepcopy(llm.model.config)
+    text.dtype = torch.float32
+    if config.llm.end is not None:
+        text.eos_token_id = llm.tokenizer.end_id
+    if llm.tokenizer.lead:
+        text.bos_token_id = llm.tokenizer.lead[0]
+    text.pad_token_id = llm.tokenizer.pad_id
+    if llm.is_encoder_decoder:
+        text.decoder_start_token_id = llm.start_id
+    return text
+
+
+def _image_token(llm: Any) -> int:
+    """What stands for a soft token in transformers' ids: the first row without a word, else the padding."""
+    rows = llm.model.get_input_embeddings().weight.shape[0]
+    words = llm.tokenizer.vocab_size
+    return words if words < rows else llm.tokenizer.pad_id
