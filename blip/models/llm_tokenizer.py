@@ -226,6 +226,10 @@ class LlmTokenizer:
             texts.append(self._plain_decode([token for token in row if token not in dropped]).strip())
         return texts
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer as transformers does, beside the weights of its model."""
+        self._tokenizer.save_pretrained(folder)
+
     def _plain_decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids))
 
