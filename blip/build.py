@@ -276,7 +276,6 @@ def build_loader(
         drop_last=run.drop_last,
         whole_steps=run.accum_mode == "cached",
         sampling=run.sampling,
-        sampling=run.sampling,
         pad_id=model.pad_id,
         pin_memory=device.type == "cuda",
     )

@@ -22,8 +22,6 @@ from tests.reference.small_stage2 import (
     small_stage2,
 )
 
-CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
-
 
 def spoken(model: Any, ids: Tensor) -> list[str]:
     return model.llm.tokenizer.decode(ids)
