@@ -287,11 +287,11 @@ def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
 
 def _load_frozen(model: BlipModel, prefix: str, source: Source) -> list[str]:
     """Look where the run did, below the data root, and where LAVIS keeps its downloads."""
-    failure: CheckpointError | None = None
+    failure: CheckpointError | ConfigError | None = None
     for root in dict.fromkeys((source.data_root, None, str(torch_cache()))):
         try:
             return model.load_frozen([prefix], root)
-        except CheckpointError as error:
+        except (CheckpointError, ConfigError) as error:
             failure = failure or error
     raise CheckpointError(f"'{source.name}' leaves out {prefix}: {failure}") from failure
 

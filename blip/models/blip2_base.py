@@ -64,7 +64,7 @@ class Blip2Base(BlipModel):
         """Load the tower from `vit_init_from` and the Q-Former from `qformer.init_from`."""
         report = self.vision.load_initial(data_root)
         bert = self.config.qformer.init_from
-        if bert:
+        if bert and self.qformer.blocks()[0].text_ffn is not None:
             source = str(find_file(bert, data_root) or bert)
             report.append(load_bert(self.qformer.bert_parts(), getattr(self, "lm_head", None), source))
             self.qformer.copy_text_ffn()

@@ -51,6 +51,9 @@ LLM = "llm.model."
 class Blip2LlmConfig(Blip2Config):
     """Sizes and switches of BLIP-2 with a language model; LAVIS's names where it has them."""
 
+    may_read: ClassVar[bool] = False
+    """Whether presets name a BERT, in case the Q-Former reads text."""
+
     llm_model: str | None = None
     """Language model: a folder (as given, else below the data root) or a Hugging Face name; null: `llm.sizes`
     with random weights."""
@@ -74,7 +77,7 @@ class Blip2LlmConfig(Blip2Config):
         found = super().problems() + self._at_least(1, "max_output_txt_len")
         if self.qformer_text_input:
             found += self._text_problems()
-        elif self.qformer.init_from:
+        elif self.qformer.init_from and not self.may_read:
             found.append(
                 "qformer.init_from: a BERT starts a Q-Former that reads text, and this one reads none; start"
                 " from stage 1 with model.init_from, or set qformer_text_input"
@@ -121,9 +124,9 @@ class Blip2Llm(Blip2Base):
 
     def __init__(self, config: Blip2LlmConfig, data_root: str | Path | None = None) -> None:
         super().__init__(config, with_text=config.qformer_text_input)
-        unread = self.qformer.blocks()[-1].text_ffn
-        if unread is not None:  # nobody reads what the last layer makes of the text
-            unread.requires_grad_(False)
+        last = self.qformer.blocks()[-1]
+        if last.text_ffn is not None:  # nobody reads what it makes of the text
+            last.text_ffn.requires_grad_(False)
         self.llm = build_llm(config.llm_model, config.language_model(), data_root)
         self.llm_proj = nn.Linear(config.qformer.width, self.llm.hidden_size)
         self._data_root = data_root

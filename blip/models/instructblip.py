@@ -30,8 +30,11 @@ EVA_AND_BERT: dict[str, Any] = {
 class Blip2LlmInstructConfig(Blip2LlmConfig):
     """Sizes and switches of InstructBLIP."""
 
+    may_read: ClassVar[bool] = True
+
     qformer_text_input: bool = True
-    """Let the Q-Former read the instruction beside its queries; false: BLIP-2's stage 2."""
+    """Let the Q-Former read the instruction beside its queries; false: BLIP-2's stage 2, for which
+    `qformer.init_from` says nothing."""
     max_txt_len: int = 128
     """Longest instruction, in tokens; the beginning of a longer one is cut off."""
     max_output_txt_len: int | None = 256

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip.errors import UsageError
+from blip.errors import ConfigError, UsageError
 from blip.formats.load import load_any
 from blip.models.blip2_llm import Blip2Llm
 from blip.models.instructblip import Blip2LlmInstruct, Blip2T5Instruct, Blip2VicunaInstruct
@@ -197,6 +197,42 @@ def test_instruction_tuning_starts_from_stage_2(tmp_path: Path, caplog: pytest.L
     assert all(torch.equal(after[name], value) for name, value in source.state_dict().items())
     assert "which keep the values they start with" in caplog.text
     assert "qformer.* (" in caplog.text
+
+
+def test_a_qformer_that_does_not_read_starts_from_no_bert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAVIS's switch, with which the presets' BERT has no place."""
+    monkeypatch.setattr("blip.models.blip2_base.load_bert", None)
+    model = small("t5", qformer_text_input=False, qformer={"init_from": "no-such-bert"})
+    assert model.load_parts() == []
+    with pytest.raises(
+        ConfigError, match=r"model\.qformer\.init_from .*a BERT starts a Q-Former that reads text"
+    ):
+        small_stage2("t5", qformer={"init_from": "no-such-bert"})
+
+
+def test_the_text_side_starts_from_a_bert_where_stage_2_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = small_stage2("t5").state_dict()
+    save_safetensors(source, tmp_path / "stage2.safetensors")
+    read: list[str] = []
+
+    def load(parts: Any, head: Any, name: str) -> str:
+        read.append(name)
+        for attention, feed_forward in parts.layers:
+            for parameter in (*attention.parameters(), *feed_forward.parameters()):
+                parameter.data.fill_(0.5)
+        return "loaded"
+
+    monkeypatch.setattr("blip.models.blip2_llm.load_bert", load)
+    model = small("t5", qformer={"init_from": "some-bert"})
+    load_any(model, tmp_path / "stage2.safetensors")
+    assert read == ["some-bert"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in source.items())
+    own = [name for name in after if ".text_ffn." in name]
+    assert own
+    assert all((after[name] == 0.5).all() for name in own)
 
 
 @pytest.mark.parametrize(
