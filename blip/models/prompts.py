@@ -110,8 +110,8 @@ def split_text(text: str, place: float) -> tuple[str, str]:
 
 def without(prompt: str, text: str) -> str:
     """A text without the prompt that it may begin with."""
-    begin = prompt.strip()
-    return text.strip().removeprefix(begin).strip()
+    words, begin = text.split(), prompt.split()
+    return " ".join(words[len(begin) :] if words[: len(begin)] == begin else words)
 
 
 def as_list(texts: str | Sequence[str]) -> list[str]:

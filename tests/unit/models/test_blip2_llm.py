@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip.errors import DataError, UsageError
-from blip.models.prompts import split_text
+from blip.models.prompts import split_text, without
 from tests.reference.small_stage2 import (
     ANSWERS,
     CAPTIONS,
@@ -88,6 +88,7 @@ def test_an_encoder_decoder_with_a_prompt_gets_that_and_learns_the_caption() -> 
     texts = model.texts(captions(text_input=["a photo of a star", "two stars"]))
     assert texts.given == ["a photo of"] * 2
     assert texts.wanted == ["a star", "two stars"]
+    assert without("a", "apple") == "apple"
 
 
 @pytest.mark.parametrize("llm", ["opt", "t5"])
