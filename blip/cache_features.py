@@ -37,7 +37,7 @@ log = logging.getLogger("blip.cache_features")  # `__name__` is `__main__` in a 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code of the command; see `blip.cli.run_command`."""
     return run_command(
-        lambda config, args: cache(config),
+        lambda config, args: cache(config, args.dry_run),
         argv,
         "Write the states that a frozen tower gives of the training pictures, to train without it.",
         prog="blip cache_features",
@@ -45,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def cache(config: Config) -> None:
+def cache(config: Config, dry: bool = False) -> None:
     """Write the features of every dataset that the configuration trains on.
+
+    Args:
+        dry: look at one picture of each, say how much there would be, and write nothing.
 
     Raises:
         BlipError: files are missing, the tower is trained, or pictures are changed at random.
@@ -60,7 +63,7 @@ def cache(config: Config) -> None:
         output = Path(config.run.output_dir or f"output/features/{config.name}")
         for name, data in sets.items():
             if data:
-                _Writer(config, parallel, model, output / name, tower).write(name, data)
+                _Writer(config, parallel, model, output / name, tower).write(name, data, dry)
 
 
 class _Writer:
@@ -71,13 +74,17 @@ class _Writer:
         self.tower = tower
         self.bad: list[BadRecord] = []
 
-    def write(self, name: str, data: Sequence[Any]) -> None:
+    def write(self, name: str, data: Sequence[Any], dry: bool = False) -> None:
         """All pictures of a dataset, each once; every rank writes its share of the parts."""
         pictures = _pictures(name, data)
         processor = data[0].maker.vis_processor
+        each = self._bytes_each(pictures, processor)
+        if dry:
+            log.info("%s: %d pictures, %.2f GB", name, len(pictures), len(pictures) * each / 1e9)
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         origin = origin_of(self.tower, processor)
-        parts = cut(pictures, self._bytes_each(pictures, processor))
+        parts = cut(pictures, each)
         started, done = time.perf_counter(), 0
         for number, part in enumerate(parts):
             if number % dist.world_size() != dist.rank():
@@ -101,10 +108,8 @@ class _Writer:
     def _part(self, file: Path, pictures: dict[str, str], processor: Any, origin: dict[str, Any]) -> int:
         """Number of pictures of a part that were computed: none where it is there already."""
         there = read_part(file)
-        if there is not None and there[1] == origin and set(there[0]) <= pictures.keys():
-            missing = [key for key in pictures if key not in set(there[0])]
-            if not missing:
-                return 0
+        if there == (list(pictures), origin):
+            return 0
         found, states = [], []
         for keys, some in self._states(pictures, processor):
             found += keys

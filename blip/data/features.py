@@ -122,6 +122,8 @@ class FeatureStore:
             part = read_part(self.folder / part_name(number))
             if part is None:
                 raise DataError(self._absent(f"{part_name(number)} is missing or damaged"))
+            if part[1] != {"tower": self._tower, "view": self._view}:  # one that was being written again
+                raise DataError(self._absent(f"{part_name(number)} is of another tower or image processor"))
             self._places.update({name: (number, row) for row, name in enumerate(part[0])})
         self._parts: dict[int, Tensor] = {}
 

@@ -144,7 +144,17 @@ def test_damaged_pictures_are_left_out_listed_and_counted(
     assert {line["cause"] for line in skipped} == {"no_features"}
 
 
-def test_random_views_and_shards_have_no_features(
+def test_a_dry_run_says_how_much_there_would_be_and_writes_nothing(
+    commands: Commands, data_root: Path, start: Path, tmp_path: Path
+) -> None:
+    given = [*arguments("blip_vqa", data_root, tmp_path / "z"), f"model.init_from={start}", "--dry-run"]
+    ended = commands(*given, module=CACHE)
+    assert ended.code == 0, ended.output
+    assert "scenes_vqa: 64 pictures, 0.00 GB" in ended.output
+    assert not (tmp_path / "z").exists()
+
+
+def test_random_views_and_trained_towers_have_no_features(
     commands: Commands, data_root: Path, start: Path, tmp_path: Path
 ) -> None:
     begin = f"model.init_from={start}"

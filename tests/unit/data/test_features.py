@@ -79,6 +79,12 @@ def test_an_unfinished_store_is_refused(folder: Path) -> None:
         FeatureStore(folder)
 
 
+def test_a_store_that_was_being_written_again_is_refused(folder: Path) -> None:
+    write_part(folder / part_name(1), NAMES[2:], STATES[2:], origin_of("another", EYES))
+    with pytest.raises(DataError, match=r"part-00001\.safetensors is of another tower or image processor"):
+        FeatureStore(folder)
+
+
 def test_parts_are_bounded_in_pictures_and_bytes() -> None:
     assert [len(part) for part in cut(map(str, range(10000)), 1)] == [4096, 4096, 1808]
     assert [len(part) for part in cut(["a", "b", "c"], 1 << 29)] == [2, 1]
