@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ from blip.engine.recompute import apply_recompute
 from blip.engine.runner import Runner
 from blip.engine.together import on_all
 from blip.engine.tracker import Tracker
-from blip.errors import CheckpointError, ConfigError, DataError, TrainingError, hint
+from blip.errors import BlipError, CheckpointError, ConfigError, DataError, Stopped, TrainingError, hint
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
 from blip.weights import load_into
@@ -54,20 +55,25 @@ def execute(config: Config, dry: bool = False) -> None:
         Stopped: a stop signal came; the state is saved.
     """
     with joined(config):
-        if not dry:
-            with build_run(config) as runner:
-                runner.run()
-            return
-        begun = begun_from(config, config.run.output_dir)
-        with tempfile.TemporaryDirectory() as folder:
-            place = replace(config.run, output_dir=folder, resume=None, tensorboard=False, wandb=None)
-            with build_run(replace(config, run=place), config.run.batch_size_eval, begun) as runner:
-                dry_run(runner)
+        (_try if dry else _run)(config)
+
+
+def _run(config: Config) -> None:
+    with build_run(config) as runner:
+        runner.run()
+
+
+def _try(config: Config) -> None:
+    begun = begun_from(config, config.run.output_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        place = replace(config.run, output_dir=folder, resume=None, tensorboard=False, wandb=None)
+        with build_run(replace(config, run=place), config.run.batch_size_eval, begun) as runner:
+            dry_run(runner)
 
 
 @contextmanager
 def joined(config: Config) -> Iterator[None]:
-    """The process group that the environment describes, if any.
+    """The process group that the environment describes, if any; what uses it must not outlive the block.
 
     Raises:
         TrainingError: another process has ended.
@@ -76,6 +82,9 @@ def joined(config: Config) -> Iterator[None]:
     dist.init("nccl" if device.type == "cuda" else "gloo", config.run.timeout_s)
     try:
         yield
+    except (BlipError, Stopped) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the run, which holds the group
+        raise
     except RuntimeError as error:
         if dist.world_size() > 1 and "by peer" in str(error):
             raise TrainingError(

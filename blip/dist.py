@@ -6,6 +6,8 @@ no rank has to ask the others how many rows they hold.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import itertools
 import os
 from datetime import timedelta
@@ -56,13 +58,21 @@ def init(backend: str, timeout_s: float) -> None:
         environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
     if initialized() or int(environment.get("WORLD_SIZE", "1")) <= 1:
         return
+    # DistributedDataParallel imports it; imported with a group there, it would refer to that group for good.
+    importlib.import_module("torch._dynamo")
+
     td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; the caller has let go of everything that uses it.
+
+    The group's threads end with the last reference to it. They may still drop tensors of collectives that are
+    over, and one that does so while Python is ending aborts the process; so they have to end before.
+    """
     if initialized():
         td.destroy_process_group()
+        gc.collect()
 
 
 def barrier() -> None:

@@ -231,6 +231,38 @@ def test_a_single_process_joins_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not dist.initialized()
 
 
+ENDING = """
+import os, sys, torch
+from blip import dist
+
+def threads():
+    return [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+
+def use():
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    assert any("gloo" in name for name in threads()), threads()
+
+dist.init("gloo", 60)
+use()
+dist.shutdown()
+left = [name for name in threads() if "gloo" in name]
+sys.exit(f"still there: {left}" if left else 0)
+"""
+
+
+@pytest.mark.multi
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
+def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_local_rank_is_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
