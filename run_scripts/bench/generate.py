@@ -52,7 +52,7 @@ def models(size: dict[str, Any]) -> tuple[Any, BlipCaption]:
     torch.manual_seed(0)
     spread = (
         0.02 * (768 / width) ** 0.5
-    )  # at base size the usual one; the narrower, the larger, for texts to differ
+    )  # the usual one at base size; more where narrower, for texts to differ
     text = {
         "vocab_size": VOCAB,
         "hidden_size": width,
