@@ -50,9 +50,8 @@ def models(size: dict[str, Any]) -> tuple[Any, BlipCaption]:
 
     width, heads = size["width"], size["heads"]
     torch.manual_seed(0)
-    spread = (
-        0.02 * (768 / width) ** 0.5
-    )  # the usual one at base size; more where narrower, for texts to differ
+    # The usual spread at base size, and more where it is narrower, or texts would not differ.
+    spread = 0.02 * (768 / width) ** 0.5
     text = {
         "vocab_size": VOCAB,
         "hidden_size": width,
