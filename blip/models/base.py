@@ -74,9 +74,10 @@ class BlipModel(nn.Module):
 
     vision: VisionTower
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, data_root: str | Path | None = None) -> None:
         super().__init__()
         self.config: Any = config
+        self._data_root = data_root
         self._word_pieces: WordPieces | None = None
         self.processors = deepcopy(self.default_processors)
         """What turns pictures and texts into this model's input; `config.json` keeps it."""
@@ -127,7 +128,7 @@ class BlipModel(nn.Module):
     def word_pieces(self) -> WordPieces:
         """The tokenizer, read at first use."""
         if self._word_pieces is None:
-            self._word_pieces = WordPieces(self.config.tokenizer, self.added_tokens)
+            self._word_pieces = WordPieces(self.config.tokenizer, self.added_tokens, self._data_root)
             rows, needed = getattr(self.config, "vocab_size", None), self._word_pieces.vocab_size
             if rows is not None and rows < needed:
                 raise ConfigError(

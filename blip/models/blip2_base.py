@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,17 @@ class Blip2Base(BlipModel):
 
     Args:
         config: sizes.
+        data_root: where the tokenizer may lie; None: the environment variable BLIP_DATA, else `data`.
         with_text: whether the Q-Former reads text, too.
     """
 
     freezable: ClassVar[tuple[str, ...]] = ("vision.",)
     on_cpu: ClassVar = {"vit_precision": "fp32"}
 
-    def __init__(self, config: Blip2Config, with_text: bool) -> None:
-        super().__init__(config)
+    def __init__(
+        self, config: Blip2Config, data_root: str | Path | None = None, with_text: bool = False
+    ) -> None:
+        super().__init__(config, data_root)
         self.vision = VisionTower(config.tower())
         self.ln_vision = nn.LayerNorm(self.vision.width, eps=1e-5)
         self.qformer = QFormer(
@@ -41,6 +44,11 @@ class Blip2Base(BlipModel):
             config.cross_attention_freq,
             config.dropout,
         )
+
+    @classmethod
+    def build(cls, config: Any, data_root: str | Path | None = None) -> Self:
+        """A model with random weights; tokenizers and the language model's sizes may be read from files."""
+        return cls(config, data_root)
 
     def image_keys(self, states: Tensor) -> ImageKeys:
         """Keys and values of tower states (B, P, D_image) after `ln_vision`, whose norm is in float32."""

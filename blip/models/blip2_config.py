@@ -58,7 +58,8 @@ class Blip2Config(ModelConfig):
     max_txt_len: int = 32
     """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
     tokenizer: str = "bert-base-uncased"
-    """`scenes` (embedded), a vocab.txt, a folder, or a Hugging Face name."""
+    """`scenes` (embedded), a vocab.txt or a folder (as given, else below the data root), or a Hugging Face
+    name."""
     vocab_size: int | None = None
     """Rows of the word embeddings; null = what the tokenizer has."""
     dropout: float = 0.1

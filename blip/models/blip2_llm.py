@@ -18,7 +18,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -123,18 +123,12 @@ class Blip2Llm(Blip2Base):
     """The Q-Former reads a question as the prompt puts it, not the question alone."""
 
     def __init__(self, config: Blip2LlmConfig, data_root: str | Path | None = None) -> None:
-        super().__init__(config, with_text=config.qformer_text_input)
+        super().__init__(config, data_root, with_text=config.qformer_text_input)
         last = self.qformer.blocks()[-1]
         if last.text_ffn is not None:  # nobody reads what it makes of the text
             last.text_ffn.requires_grad_(False)
         self.llm = build_llm(config.llm_model, config.language_model(), data_root)
         self.llm_proj = nn.Linear(config.qformer.width, self.llm.hidden_size)
-        self._data_root = data_root
-
-    @classmethod
-    def build(cls, config: Any, data_root: str | Path | None = None) -> Self:
-        """A model with random weights; configuration and tokenizer of its language model may be read."""
-        return cls(config, data_root)
 
     # Training
 

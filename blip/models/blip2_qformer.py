@@ -15,6 +15,7 @@ the same ones over several micro-batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -89,8 +90,8 @@ class Blip2Qformer(Blip2Base):
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
 
-    def __init__(self, config: Blip2QformerConfig) -> None:
-        super().__init__(config, with_text=True)
+    def __init__(self, config: Blip2QformerConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root, with_text=True)
         vocab_size = self.qformer.embedding.word.num_embeddings
         self.lm_head = LMHead(config.qformer.width, vocab_size, config.qformer.norm_eps)
         self.vision_proj = nn.Linear(config.qformer.width, config.embed_dim)

@@ -12,6 +12,7 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor
 
 from blip.errors import ConfigError
+from blip.models.vision import find_file
 
 EMBEDDED = "scenes"
 # Loader workers are forked; the Rust tokenizer's threads would warn of it and compete with them.
@@ -27,16 +28,20 @@ class WordPieces:
 
     Args:
         source: `scenes` (the small embedded vocabulary), a `vocab.txt`, a folder with one or with a
-            `tokenizer.json`, or a Hugging Face name such as `bert-base-uncased`.
+            `tokenizer.json`, both as given, else below the data root, or a Hugging Face name such as
+            `bert-base-uncased`.
         added: tokens to append, in order; [DEC] for BLIP-2, [DEC] and [ENC] for BLIP.
+        data_root: None: the environment variable BLIP_DATA, else `data`.
 
     Raises:
         ConfigError: there is no such vocabulary.
     """
 
-    def __init__(self, source: str, added: tuple[str, ...] = (DEC,)) -> None:
+    def __init__(
+        self, source: str, added: tuple[str, ...] = (DEC,), data_root: str | Path | None = None
+    ) -> None:
         self.source = source
-        self._tokenizer = _load(source)
+        self._tokenizer = _load(source, data_root)
         self._tokenizer.add_special_tokens(list(added))
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.pad_id, self.cls_id, self.sep_id = (self._id(token) for token in (PAD, CLS, SEP))
@@ -89,10 +94,10 @@ def _cut(ids: list[int], length: int, side: str) -> list[int]:
     return [*ids[: length - 1], ids[-1]] if side == "right" else [ids[0], *ids[len(ids) - length + 1 :]]
 
 
-def _load(source: str) -> Tokenizer:
+def _load(source: str, data_root: str | Path | None) -> Tokenizer:
     if source == EMBEDDED:
         return _word_pieces(Path(str(resources.files("blip") / "models" / "scenes_vocab.txt")))
-    path = Path(source)
+    path = find_file(source, data_root) or Path(source)
     if (path / "tokenizer.json").is_file():
         return _plain(Tokenizer.from_file(str(path / "tokenizer.json")))
     for file in (path, path / "vocab.txt"):

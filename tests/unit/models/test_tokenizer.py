@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from blip.data.scenes import vocabulary
 from blip.errors import ConfigError
@@ -44,6 +45,14 @@ def test_long_texts_are_cut_and_short_ones_padded() -> None:
 def test_a_missing_vocabulary_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.tokenizer.*nowhere"):
         WordPieces(str(tmp_path / "nowhere"))
+
+
+def test_a_vocabulary_is_found_below_the_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\nblue\n")
+    assert WordPieces("parts", data_root=tmp_path).decode(torch.tensor([[2, 6, 3]])) == ["blue"]
+    monkeypatch.setenv("BLIP_DATA", str(tmp_path))
+    assert WordPieces("parts/vocab.txt").vocab_size == 8
 
 
 def test_a_vocabulary_without_bert_s_tokens_is_refused(tmp_path: Path) -> None:
