@@ -13,81 +13,15 @@
 # two; else 1). BLIP_PYTHON: a Python that has blip; without it an environment is made in BLIP_VENV (.venv).
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
-}
-
-output=${BLIP_OUTPUT:-output/blip-tiny}
-data=${BLIP_DATA:-data}
-read -r -a options <<<"${BLIP_OPTIONS:-}"
-read -r -a scenes <<<"${BLIP_SCENES:-}"
-while [ $# -gt 0 ]; do
-  case $1 in
-    -h | --help) usage && exit ;;
-    --output | --data)
-      [ $# -gt 1 ] || { echo "error: $1 needs a folder" >&2 && exit 2; }
-      if [ "$1" = --output ]; then output=$2; else data=$2; fi
-      shift 2
-      ;;
-    --output=*) output=${1#*=} && shift ;;
-    --data=*) data=${1#*=} && shift ;;
-    run.output_dir=*) echo "error: there are five runs; say --output FOLDER" >&2 && exit 2 ;;
-    [a-z]*=*) options+=("$1") && shift ;;
-    *) echo "error: $1 is no option and no key=value; --help tells what there is" >&2 && exit 2 ;;
-  esac
-done
-
-here=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
-# Folders are relative to where the script was called; env.sh has gone to the repository's root.
-[[ $output == /* ]] || output=$here/$output
-[[ $data == /* ]] || data=$here/$data
-export BLIP_DATA=$data
 
-python=${BLIP_PYTHON:-}
-if [ -z "$python" ]; then
-  blip_env
-  python=python
-fi
+blip_arguments output/blip-tiny "" "$@"
 
-# Scores of a mixture of settings would not be comparable.
-mkdir -p "$output"
-given=$(printf '%s\n' "${options[@]:-}")
-if [ ! -f "$output/options" ]; then
-  printf '%s\n' "$given" >"$output/options"
-elif [ "$given" != "$(cat "$output/options")" ]; then
-  echo "error: the runs in $output have other key=value (see $output/options); choose another --output" >&2
-  exit 2
-fi
+blip_ready
 
-cores=$(nproc)
-processes=${BLIP_PROCESSES:-}
-if [ -z "$processes" ]; then
-  processes=1
-  [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null || processes=2
-fi
-if [ "$processes" -gt 1 ]; then
-  launch=(-m torch.distributed.run --standalone --nproc_per_node="$processes" -m blip.train)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + processes - 1) / processes))}
-else
-  launch=(-m blip.train)
-fi
-
-# stage NAME [key=value ...]: train by tiny/blip_NAME.yaml, which ends with the scores of the test pictures.
+# stage NAME [key=value ...]
 stage() {
-  local name=$1 folder=$output/$1 batch share=()
-  shift
-  if [ -f "$folder/report.html" ] && [ -f "$folder/model/model.safetensors" ]; then
-    echo "== $name: finished before"
-    return
-  fi
-  echo "== $name"
-  if [ "$processes" -gt 1 ]; then # the batch of a recipe, in parts
-    batch=$(sed -n 's/^  batch_size_train: \([0-9]*\).*/\1/p' "configs/tiny/blip_$name.yaml")
-    share=(run.batch_size_train=$((batch / processes)))
-  fi
-  "$python" "${launch[@]}" --cfg "tiny/blip_$name.yaml" ${share[@]+"${share[@]}"} "$@" \
-    ${options[@]+"${options[@]}"} run.output_dir="$folder" run.resume=auto
+  blip_stage "$1" "tiny/blip_$1.yaml" "$output/$1" "${@:2}"
 }
 
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: goes to the repository's root and gives `blip_env EXTRAS`.
+# Sourced by the other scripts: goes to the repository's root and gives `blip_env EXTRAS`; to those of several runs also
+# `blip_arguments`, `blip_ready` and `blip_stage`.
 
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # blip_env [extra,extra]: put a virtual environment with this checkout and these extras first on PATH.
@@ -51,4 +53,103 @@ blip_install() {
     return
   fi
   python -m pip install --quiet --no-input --disable-pip-version-check "$@"
+}
+
+# blip_arguments DEFAULT_OUTPUT "OPTION ..." ARGUMENTS: what the scripts of several runs understand. Sets
+#   output, data      folders, relative to where the script was called (BLIP_OUTPUT, BLIP_DATA; --output, --data)
+#   options, scenes   arrays: key=value of all runs (BLIP_OPTIONS), options of `blip data make scenes` (BLIP_SCENES)
+#   and for each OPTION, such as --llm, the variable of its name.
+# --help prints the script's first lines; what is not understood ends the script with 2.
+blip_arguments() {
+  output=${BLIP_OUTPUT:-$1} data=${BLIP_DATA:-data}
+  local known=" --output --data $2 " name
+  shift 2
+  read -r -a options <<<"${BLIP_OPTIONS:-}"
+  read -r -a scenes <<<"${BLIP_SCENES:-}"
+  while [ $# -gt 0 ]; do
+    name=${1%%=*}
+    case $1 in
+      -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$(blip_script)" && exit ;;
+      run.output_dir=*) echo "error: there are several runs; say --output FOLDER" >&2 && exit 2 ;;
+      [a-z]*=*) options+=("$1") && shift && continue ;;
+    esac
+    [[ $1 == --* && $known == *" $name "* ]] || {
+      echo "error: $1 is no option and no key=value; --help tells what there is" >&2
+      exit 2
+    }
+    if [[ $1 == *=* ]]; then
+      printf -v "${name#--}" '%s' "${1#*=}"
+      shift
+    else
+      [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2 && exit 2; }
+      printf -v "${name#--}" '%s' "$2"
+      shift 2
+    fi
+  done
+  [[ $output == /* ]] || output=$here/$output
+  [[ $data == /* ]] || data=$here/$data
+  export BLIP_DATA=$data
+}
+
+# blip_ready: before the first run. Sets python (BLIP_PYTHON, or of an environment made here) and how it trains.
+blip_ready() {
+  python=${BLIP_PYTHON:-}
+  if [ -z "$python" ]; then
+    blip_env
+    python=python
+  fi
+  blip_share
+  blip_same_options
+}
+
+# The script that was started, whatever folder it was started from.
+blip_script() {
+  if [[ $0 == /* ]]; then echo "$0"; else echo "$here/$0"; fi
+}
+
+# Two processes with a thread each are faster than one with two on a CPU; a GPU has one process.
+blip_share() {
+  local cores
+  cores=$(nproc)
+  processes=${BLIP_PROCESSES:-}
+  if [ -z "$processes" ]; then
+    processes=1
+    [ "$cores" -lt 2 ] || command -v nvidia-smi >/dev/null || processes=2
+  fi
+  launch=(-m blip.train)
+  if [ "$processes" -gt 1 ]; then
+    launch=(-m torch.distributed.run --standalone --nproc_per_node="$processes" -m blip.train)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + processes - 1) / processes))}
+  fi
+}
+
+# Scores of a mixture of settings would not be comparable.
+blip_same_options() {
+  local given
+  mkdir -p "$output"
+  given=$(printf '%s\n' "${options[@]:-}")
+  if [ ! -f "$output/options" ]; then
+    printf '%s\n' "$given" >"$output/options"
+  elif [ "$given" != "$(cat "$output/options")" ]; then
+    echo "error: the runs in $output have other key=value (see $output/options); choose another --output" >&2
+    exit 2
+  fi
+}
+
+# blip_stage NAME RECIPE FOLDER [key=value ...]: train by configs/RECIPE, which ends with the scores of the test pictures;
+# stopped before, it goes on there, and finished before, it is left alone.
+blip_stage() {
+  local name=$1 recipe=$2 folder=$3 batch share=()
+  shift 3
+  if [ -f "$folder/report.html" ] && [ -f "$folder/model/model.safetensors" ]; then
+    echo "== $name: finished before"
+    return
+  fi
+  echo "== $name"
+  if [ "$processes" -gt 1 ]; then # the batch of a recipe, in parts
+    batch=$(sed -n 's/^  batch_size_train: \([0-9]*\).*/\1/p' "configs/$recipe")
+    share=(run.batch_size_train=$((batch / processes)))
+  fi
+  "$python" "${launch[@]}" --cfg "$recipe" ${share[@]+"${share[@]}"} "$@" \
+    ${options[@]+"${options[@]}"} run.output_dir="$folder" run.resume=auto
 }

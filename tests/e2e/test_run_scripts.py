@@ -138,9 +138,9 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output"], "--output needs a folder"),
+        (["--output"], "--output needs a value"),
         (["--outptu=x"], "--outptu=x is no option and no key=value"),
-        (["run.output_dir=x"], "there are five runs; say --output FOLDER"),
+        (["run.output_dir=x"], "there are several runs; say --output FOLDER"),
     ],
 )
 def test_the_chain_refuses_what_it_does_not_know(arguments: list[str], message: str) -> None:
