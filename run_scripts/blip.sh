@@ -16,7 +16,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 blip_arguments output/blip-tiny "" "$@"
-
 blip_ready
 
 # stage NAME [key=value ...]
