@@ -211,8 +211,11 @@ def _type(result: Translation, entry: dict[str, Any], name: str) -> None:
     kind = entry.pop("type", None)
     base = name.removesuffix("_instruct")
     if (base, kind) in VARIANTS:
-        if "build_info" not in entry:  # which names files itself
+        own = entry.get("build_info")  # may name files itself, or pictures only
+        own = own if isinstance(own, dict) else {}
+        if "annotations" not in own:
             entry.setdefault("path", VARIANTS[base, kind])
+        if "images" not in own:
             entry.setdefault("images", f"{base}/images")
         result.note(f"datasets.{name}.type", f"{kind} became the files that this variant has in LAVIS")
     elif kind in (None, "default") or (name, kind) in SAME_FILES:

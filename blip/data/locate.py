@@ -259,7 +259,7 @@ def _roots(name: str, config: DatasetConfig, split: str, paths: list[Path], root
         images = _mapping(config.build_info.get("images") or config.build_info.get("videos")).get("storage")
         if images is not None and row and _foreign(_listed(images)):
             log.warning("datasets.%s.build_info: %s is not here; using the catalogue's", name, images)
-            images = None
+            images = row.images or None
     if images is None and row and config.path is None:
         images = row.images
     if images is None:

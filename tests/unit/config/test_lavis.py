@@ -409,6 +409,9 @@ def test_a_variant_of_gqa_names_its_files(asking: None, write: Write) -> None:
     }
     assert config.datasets["gqa"].images == "gqa/images"
     assert any("gqa.type: balanced_testdev became the files" in note for note in config.notes)
+    own = f"{text[:start]}    build_info: {{images: {{storage: /data/GQA/images/}}}}\n{text[end:]}"
+    data = load_config(write(own)).datasets["gqa"]  # LAVIS's file names the folder of its pictures
+    assert (data.path, data.images) == (config.datasets["gqa"].path, None)
 
 
 def test_names_of_clips_do_not_part_a_split() -> None:

@@ -240,6 +240,10 @@ def test_foreign_absolute_paths_of_lavis_give_way_to_the_catalogue(
     dataset = build_dataset("coco_caption", section(build_info=info), "train", root)
     assert len(dataset) == 3
     assert "using the catalogue's" in caplog.text
+    variant = section(build_info={"images": info["images"]}, path="coco/annotations/coco_karpathy_train.json")
+    dataset = build_dataset("coco_caption", variant, "train", root)  # also where other files are named
+    assert len(dataset) == 3
+    assert dataset[0] is not None
     with pytest.raises(MissingData, match=r"datasets\.mine\.path: no file '/export/home/x.json'"):
         build_dataset("mine", section(build_info=info), "train", root)
 
