@@ -122,6 +122,28 @@ def test_evaluation_has_the_paper_s_values_or_lavis_s(name: str) -> None:
     about(name, weights)
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("caption_coco_ft", 1100),
+        ("caption_coco_ft_flant5xl", 1100),
+        ("vqav2_ft", 1200),
+        ("vqav2_ft_opt6.7b", 1200),
+        ("retrieval_coco_ft", 1200),
+        ("retrieval_coco_ft_vitL", 474),
+    ],
+)
+def test_as_many_parameters_are_trained_as_in_the_paper(name: str, millions: int) -> None:
+    """Tables 3 to 5, which round the larger ones to a tenth of a billion; 30,523 word pieces."""
+    config = load(name, "model.vocab_size=30523")
+    with torch.device("meta"):
+        model = MODELS.get(config.model.arch)(config.model)
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert abs(found - millions) < (50 if millions > 1000 else 25)
+    scales = {model.lr_scale(n, 0.5) for n, _ in model.named_parameters() if n.startswith("vision.")}
+    assert len(scales) == (24 if name.endswith("vitL") else 40)  # a rate for each block, and one below
+
+
 def about(name: str, weights: str) -> None:
     """The remark above a recipe names its command and its weights."""
     text = (FOLDER / f"{name}.yaml").read_text()
