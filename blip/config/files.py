@@ -68,6 +68,7 @@ def tiny_recipe(arch: str, task: str) -> str | None:
     """Name of the shipped recipe in `tiny/` that is nearest to a model and task; None: none is near.
 
     It has the same model, best with the same task, or else the same task with a model of the same family.
+    Recipes that only evaluate want the run of another one, and are none.
     """
     near: dict[str, int] = {}
     for root in config_roots():
@@ -75,6 +76,8 @@ def tiny_recipe(arch: str, task: str) -> str | None:
             try:
                 tree = read_yaml(path, path.name)
                 same_task, other = tree["run"]["task"] == task, str(tree["model"]["arch"])
+                if tree["run"].get("evaluate"):
+                    continue
             except (ConfigError, KeyError, TypeError):
                 continue  # of the user's own, and unfinished
             if other == arch:

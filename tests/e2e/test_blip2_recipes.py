@@ -314,3 +314,19 @@ def test_fine_tuning_trains_the_tower_and_no_language_model(
     else:
         assert bool(text_side) == (config.model.arch == "blip2")
         assert lines(folder)[-1].keys() >= GIVES[config.run.task]
+
+
+def test_the_tiny_recipe_of_questions_is_the_same_code_path(
+    commands: Commands, data_root: Path, tmp_path: Path
+) -> None:
+    llm = {"sizes": LLMS["t5"], "tokenizer": "scenes"}
+    values = {"llm_model": None, "llm": llm, "image_size": 32}
+    values["vit"] = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64, "stem_width": 0}
+    more = [f"model.{key}={json.dumps(value)}" for key, value in values.items()]
+    more += [f"datasets.scenes_vqa.vis_processor.{stage}.image_size=32" for stage in ("train", "eval")]
+    more += [f"run.data_root={data_root}", "run.max_iters=2", "run.warmup_steps=0", "run.batch_size_train=4"]
+    folder = tmp_path / "run"
+    ended = commands("--cfg", "tiny/vqa_ft.yaml", *more, f"run.output_dir={folder}")
+    assert ended.code == 0, ended.output
+    assert "overall" in lines(folder)[-1]
+    assert "qformer.embedding.word.weight" in read_weights(folder)  # the Q-Former reads
