@@ -5,6 +5,9 @@ A trained part costs three times its forward pass, a frozen tower and a momentum
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from run_scripts.bench import naive_pretrain
 from run_scripts.bench.naive_stage1 import Sizes as Stage1Sizes
 from run_scripts.bench.parts import Sizes
@@ -121,3 +124,50 @@ def pretrain(sizes: naive_pretrain.Sizes, text: float) -> tuple[float, float]:
     trained += 3 * bert(sizes, text, text, text, last=1) + image_keys(sizes)
     trained += bert(sizes, text - 1, text - 1, text - 1) + head(sizes, text - 1)
     return straightforward, 3 * trained + tower(sizes) + bert(sizes, text, 0, text, last=1) + similar
+
+
+def queries_alone(sizes: Stage1Sizes) -> float:
+    """The Q-Former's pass without text, without the image's keys and values."""
+    return bert(sizes, sizes.queries, sizes.queries, sizes.queries)
+
+
+def decoder(llm: Mapping[str, Any], tokens: float, targets: float) -> float:
+    """Forward pass of a causal language model over `tokens`, with logits for `targets` of them."""
+    width, layers = llm["hidden_size"], llm["num_hidden_layers"]
+    # Llama's feed-forward has a third matrix, the gate.
+    inner = 2 * llm["ffn_dim"] if "ffn_dim" in llm else 3 * llm["intermediate_size"]
+    block = project(tokens, width, 4 * width + inner) + attend(tokens, tokens, width)
+    return layers * block + project(targets, width, llm["vocab_size"])
+
+
+def encoder_decoder(llm: Mapping[str, Any], given: float, wanted: float, targets: float) -> float:
+    """Forward pass of a T5: `given` tokens for its encoder, `wanted` for its decoder, some with logits."""
+    width, inner = llm["d_model"], llm["d_kv"] * llm["num_heads"]
+    gated = 3 * llm["d_ff"]
+
+    def block(tokens: float) -> float:
+        return project(tokens, width, 4 * inner + gated) + attend(tokens, tokens, inner)
+
+    cross = project(wanted + given, width, 2 * inner) + attend(wanted, given, inner)
+    both = llm["num_layers"] * (block(given) + block(wanted) + cross)
+    return both + project(targets, width, llm["vocab_size"])
+
+
+def stage2(sizes: Any, text: float) -> tuple[float, float]:
+    """The step of `stage2.py`: transformers', and what has to be computed for texts of `text` tokens.
+
+    A frozen language model costs twice its forward pass: gradients of activations, none of weights. Theirs:
+    every text as long as the longest may be, logits at every position, gradients of the image's states,
+    although the tower is frozen. Needed: none of these.
+    """
+    queries, longest = sizes.queries, sizes.longest
+    if sizes.seq2seq:
+        given, wanted = longest // 2, longest - longest // 2
+        theirs = encoder_decoder(sizes.llm, queries + given, wanted, wanted)
+        needed = encoder_decoder(sizes.llm, queries + text / 2, text / 2, text / 2)
+    else:
+        theirs = decoder(sizes.llm, queries + longest, queries + longest)
+        needed = decoder(sizes.llm, queries + text - 1, text)
+    soft = project(queries, sizes.width, sizes.llm_width)
+    trained = 3 * (queries_alone(sizes) + soft) + tower(sizes)
+    return trained + 3 * image_keys(sizes) + 2 * theirs, trained + 2 * image_keys(sizes) + 2 * needed

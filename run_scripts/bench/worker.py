@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import platform
@@ -24,8 +25,26 @@ from run_scripts.bench.parts import Sizes
 
 WORDS = (8, 20)
 """Fewest and most tokens of a text, without [CLS] and [SEP]."""
-LOSSES = ("loss_itc", "loss_itm", "loss_lm", "loss")
 PAGE_BYTES = resource.getpagesize()
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def batch_of(sizes: Sizes, rows: int, step: int) -> dict[str, Tensor]:
+    """One step's image, text_ids and text_mask, padded to `text_length`; the same in every process."""
+    generator = torch.Generator().manual_seed(step)
+    image = torch.randn(rows, 3, sizes.image_size, sizes.image_size, generator=generator)
+    length = torch.randint(WORDS[0], WORDS[1] + 1, (rows, 1), generator=generator) + 2  # [CLS], [SEP]
+    mask = torch.arange(sizes.text_length) < length
+    ids = torch.randint(1, sizes.vocab - sizes.specials, mask.shape, generator=generator)
+    return {"image": image, "text_ids": ids.masked_fill(~mask, 0), "text_mask": mask}
+
+
+def to_longest(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What our loader makes of `batch_of`: texts padded to the longest, and the number of targets."""
+    mask = batch["text_mask"]
+    longest = int(mask.sum(dim=1).max())
+    text = {key: batch[key][:, :longest] for key in ("text_ids", "text_mask")}
+    return {"image": batch["image"], **text, "num_targets": int(mask.sum()) - len(mask)}
 
 
 @dataclass(frozen=True)
@@ -41,31 +60,31 @@ class Bench:
     """The default on a GPU."""
     gpu_batches: tuple[int, ...]
     naive: Callable[[Any, torch.dtype | None], nn.Module]
-    """Sizes and a GPU's half precision -> the straightforward model, which takes image, ids and mask."""
+    """Sizes and a GPU's half precision -> the other model, called with the values of a batch."""
     library: Callable[[Any, torch.dtype | None], nn.Module]
     """The same -> the library's model."""
     to_ours: Callable[[Any, Mapping[str, Tensor]], Mapping[str, Tensor]]
-    """Sizes and weights of the straightforward model -> the library's names."""
+    """Sizes and weights of the other model -> the library's names."""
     flops: Callable[[Any, float], tuple[float, float]]
-    """Sizes and tokens per text -> FLOPs per sample: of the straightforward step, and what is needed."""
-
-
-def batch_of(sizes: Sizes, rows: int, step: int) -> dict[str, Tensor]:
-    """One step's image, text_ids and text_mask, padded to `text_length`; the same in every process."""
-    generator = torch.Generator().manual_seed(step)
-    image = torch.randn(rows, 3, sizes.image_size, sizes.image_size, generator=generator)
-    length = torch.randint(WORDS[0], WORDS[1] + 1, (rows, 1), generator=generator) + 2  # [CLS], [SEP]
-    mask = torch.arange(sizes.text_length) < length
-    ids = torch.randint(1, sizes.vocab - sizes.specials, mask.shape, generator=generator)
-    return {"image": image, "text_ids": ids.masked_fill(~mask, 0), "text_mask": mask}
+    """Sizes and tokens per text -> FLOPs per sample: of the other step, and what is needed."""
+    other: str = "straightforward"
+    """What the other one is called."""
+    losses: tuple[str, ...] = ("loss_itc", "loss_itm", "loss_lm", "loss")
+    """Of both models' output, to be compared."""
+    batch: Callable[[Any, int, int], dict[str, Tensor]] = batch_of
+    """Sizes, rows and number of a step -> what the other model is given; the same in every process."""
+    for_ours: Callable[[dict[str, Tensor]], dict[str, Any]] = to_longest
+    """The same batch -> what the library's model is given."""
 
 
 class NaiveStep:
-    """The straightforward step; AdamW as torch makes it by default."""
+    """The other step; AdamW as torch makes it by default."""
 
     def __init__(self, bench: Bench, sizes: Any, device: torch.device, half: torch.dtype | None) -> None:
         torch.manual_seed(0)
-        self.model = bench.naive(sizes, half if device.type == "cuda" else None).to(device)
+        with device:
+            model = bench.naive(sizes, half if device.type == "cuda" else None)
+        self.model = model.to(device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         decayed = [p for p in trained if p.ndim > 1]
         rest = [p for p in trained if p.ndim <= 1]
@@ -74,7 +93,7 @@ class NaiveStep:
 
     def losses(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """The losses of one batch."""
-        return self.model(*(batch[key].to(device) for key in ("image", "text_ids", "text_mask")))
+        return self.model(*(value.to(device) for value in batch.values()))
 
     def finish(self, output: dict[str, Tensor]) -> None:
         """Nothing is left to do."""
@@ -91,7 +110,9 @@ class LibraryStep:
         from blip.losses import argmax_sampler
         from blip.weights import load_into, read_weights
 
-        self.model: Any = bench.library(sizes, half if device.type == "cuda" else None)
+        self.for_ours = bench.for_ours
+        with device:
+            self.model: Any = bench.library(sizes, half if device.type == "cuda" else None)
         if weights:
             state = bench.to_ours(sizes, read_weights(weights))
             load_into(self.model, state, source=weights, allow_missing=["queue.ids"])
@@ -100,11 +121,9 @@ class LibraryStep:
         self.optimizer = build_optimizer(self.model, RunConfig(init_lr=1e-4, weight_decay=0.05, max_iters=1))
 
     def losses(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """The losses of one batch, with texts padded to the longest, as the loader does it."""
-        mask = batch["text_mask"]
-        longest, num_targets = int(mask.sum(dim=1).max()), int(mask.sum()) - len(mask)
-        text = {key: batch[key][:, :longest].to(device) for key in ("text_ids", "text_mask")}
-        return self.model({"image": batch["image"].to(device), **text, "num_targets": num_targets})
+        """The losses of one batch."""
+        given = self.for_ours(batch)
+        return self.model({k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
 
     def finish(self, output: dict[str, Tensor]) -> None:
         """What the trainer lets the model do after a step: momentum twin and queue."""
@@ -126,9 +145,10 @@ def work(args: argparse.Namespace) -> None:
         step = LibraryStep(bench, sizes, device, half, args.weights)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     answer({"gb": peak_gb(device), "device": name})
+    forget_peak(device)
     for line in sys.stdin:
         try:
-            result = timed_step(step, batch_of(sizes, args.batch, int(line)), device, half)
+            result = timed_step(step, bench, bench.batch(sizes, args.batch, int(line)), device, half)
         except torch.OutOfMemoryError:
             answer({"out_of_memory": True})
             return
@@ -136,9 +156,9 @@ def work(args: argparse.Namespace) -> None:
 
 
 def timed_step(
-    step: Any, batch: dict[str, Tensor], device: torch.device, half: torch.dtype | None
+    step: Any, bench: Bench, batch: dict[str, Tensor], device: torch.device, half: torch.dtype | None
 ) -> dict[str, Any]:
-    """One optimizer step: wall and processor seconds, losses, memory of what it adds."""
+    """One optimizer step: wall and processor seconds, losses, norm of gradients, memory of what it adds."""
     synchronize(device)
     before = resident_gb(device)
     start, cpu = time.perf_counter(), time.process_time()
@@ -146,14 +166,25 @@ def timed_step(
         losses = step.losses(batch, device)
     forward = resident_gb(device) - before
     losses["loss"].backward()
-    grads = size_gb(p.grad for p in step.model.parameters() if p.grad is not None)
+    grads = [p.grad for p in step.model.parameters() if p.grad is not None]
+    grads_gb = size_gb(grads)
     step.optimizer.step()
+    synchronize(device)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    norm = float(torch.stack([grad.float().norm() for grad in grads]).norm())  # not timed
+    del grads
+    start, start_cpu = time.perf_counter(), time.process_time()
     step.optimizer.zero_grad()
     step.finish(losses)
     synchronize(device)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    figures = {"seconds": seconds, "cpu_seconds": cpu, "forward_gb": forward, "grads_gb": grads}
-    return figures | {name: float(losses[name].detach()) for name in LOSSES}
+    figures = {
+        "seconds": seconds + time.perf_counter() - start,
+        "cpu_seconds": cpu + time.process_time() - start_cpu,
+        "forward_gb": forward,
+        "grads_gb": grads_gb,
+        "grad_norm": norm,
+    }
+    return figures | {name: float(losses[name].detach()) for name in bench.losses}
 
 
 def synchronize(device: torch.device) -> None:
@@ -167,6 +198,15 @@ def peak_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak be that of what follows, where the system can: to build and load is no part of a step."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        with contextlib.suppress(OSError):
+            CLEAR_REFS.write_text("5")
 
 
 def resident_gb(device: torch.device) -> float:

@@ -27,16 +27,25 @@ def bench(name: str, *options: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["stage1", "blip_pretrain"])
-def test_a_training_step_beside_the_straightforward_one(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "other", "options"),
+    [
+        ("stage1", "straightforward", []),
+        ("blip_pretrain", "straightforward", []),
+        ("stage2", "transformers", []),
+        ("stage2", "transformers", ["--size", "small-t5"]),
+    ],
+)
+def test_a_training_step_beside_another(name: str, other: str, options: list[str], tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    told = bench(name, "--steps", "2", "--warmup", "1", "--json", str(file))
+    told = bench(name, "--steps", "2", "--warmup", "1", "--json", str(file), *options)
     assert "samples/s" in told
     figures = json.loads(file.read_text())
     assert figures["equal_losses"]
+    assert figures["equal_gradients"]
     assert figures["flops"]["lean"] < figures["flops"]["straightforward"]
     rows = figures["rows"]
-    assert [row["title"] for row in rows] == ["straightforward fp32", "blip fp32"]
+    assert [row["title"] for row in rows] == [f"{other} fp32", "blip fp32"]
     # After two steps of AdamW the weights, too, must have gone the same way.
     assert rows[0]["last_losses"] == pytest.approx(rows[1]["last_losses"], rel=1e-5)
     assert rows[0]["last_losses"] != pytest.approx(rows[0]["first_losses"], rel=1e-3)
