@@ -7,7 +7,6 @@ no rank has to ask the others how many rows they hold.
 from __future__ import annotations
 
 import gc
-import importlib
 import itertools
 import os
 from datetime import timedelta
@@ -59,7 +58,7 @@ def init(backend: str, timeout_s: float) -> None:
     if initialized() or int(environment.get("WORLD_SIZE", "1")) <= 1:
         return
     # DistributedDataParallel imports it; imported with a group there, it would refer to that group for good.
-    importlib.import_module("torch._dynamo")
+    import torch._dynamo  # noqa: F401
 
     td.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
