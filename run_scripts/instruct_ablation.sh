@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# InstructBLIP's ablation on the embedded pictures, some hour on two CPU cores: instruction tuning on six datasets by
+# tiny/instruct.yaml, once as it is, once with a Q-Former that does not read the instruction, and once with all datasets
+# drawn equally often; each with three seeds. Prints the scores of what is held in and held out.
+#
+#   bash run_scripts/instruct_ablation.sh [--output FOLDER] [--data FOLDER] [--llm decoder|encoder-decoder]
+#                                         [--stage1 RUN] [--seeds "1 2 3"] [key=value ...]
+#
+# Stopped or failed, the same line goes on where it was; what is finished is kept. All start from one run of
+# tiny/pretrain_stage1.yaml, which is trained first, or from --stage1; key=value goes to the others only.
+#
+# BLIP_OUTPUT: the runs' folder (output/instruct-tiny). BLIP_DATA: where pictures and language models go (data).
+# BLIP_OPTIONS: more key=value, with blanks between them. BLIP_SCENES: options of `blip data make scenes`. BLIP_PROCESSES:
+# how many share the work of a step. BLIP_PYTHON: a Python that has blip; without it an environment is made in BLIP_VENV
+# (.venv).
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+llm=decoder stage1='' seeds='1 2 3'
+blip_arguments output/instruct-tiny "--llm --stage1 --seeds" "$@"
+case $llm in
+  decoder | encoder-decoder) ;;
+  *) echo "error: --llm $llm: choose decoder or encoder-decoder" >&2 && exit 2 ;;
+esac
+[ -z "$stage1" ] || [[ $stage1 == /* ]] || stage1=$here/$stage1
+recipe=tiny/instruct.yaml
+
+blip_ready
+"$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
+"$python" run_scripts/tiny_llm.py --data "$data"
+if [ -z "$stage1" ]; then
+  stage1=$output/stage1
+  given=(${options[@]+"${options[@]}"})
+  options=()
+  blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$stage1"
+  options=(${given[@]+"${given[@]}"})
+fi
+
+# All show the same pictures to the same tower.
+features=$output/features/scenes
+if [ ! -f "$features/features.json" ]; then
+  echo "== features"
+  "$python" -m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from="$stage1" \
+    model.llm_model="llm/scenes-$llm" run.output_dir="$output/features"
+fi
+stored=()
+for name in scenes scenes_vqa detail locate refer compare; do stored+=("datasets.$name.features=$features"); done
+
+# compared NAME [key=value ...]: one row of the table
+compared() {
+  local name=$1 seed
+  shift
+  for seed in $seeds; do
+    blip_stage "$name, seed $seed" "$recipe" "$output/$llm-$name-$seed" model.init_from="$stage1" \
+      model.llm_model="llm/scenes-$llm" "${stored[@]}" run.seed="$seed" "$@"
+  done
+}
+
+compared instructed
+compared blind model.qformer_text_input=false
+compared uniform run.sampling=uniform
+
+"$python" - "$output/$llm" "$seeds" <<'PY'
+import json, pathlib, statistics, sys
+
+start, seeds = sys.argv[1], sys.argv[2].split()
+rows = {}
+for name in ("instructed", "blind", "uniform"):
+    for seed in seeds:
+        lines = pathlib.Path(f"{start}-{name}-{seed}", "metrics.jsonl").read_text().splitlines()
+        scores = [score for line in lines if (score := json.loads(line))["split"] == "test"][-1]
+        for key, value in scores.items():
+            if key.endswith("/acc") or key.startswith("held_out_kinds/type_"):
+                rows.setdefault(key, {}).setdefault(name, []).append(value)
+print(f"\nMean of seeds {', '.join(seeds)} and standard deviation; percent of the outputs are right")
+print(f"{'':<28}{'instructed':>14}{'blind':>14}{'uniform':>14}")
+for key, found in rows.items():
+    cells = []
+    for name in ("instructed", "blind", "uniform"):
+        values = found[name]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}".rjust(14))
+    print(f"{key:<28}{''.join(cells)}")
+print(f"Reports: {start}-*/report.html")
+PY
