@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# InstructBLIP's ablation on the embedded pictures, some hour on two CPU cores: instruction tuning on six datasets by
+# InstructBLIP's ablation on the embedded pictures, an hour or more on two CPU cores: instruction tuning on six datasets by
 # tiny/instruct.yaml, once as it is, once with a Q-Former that does not read the instruction, and once with all datasets
 # drawn equally often; each with three seeds. Prints the scores of what is held in and held out.
 #
 #   bash run_scripts/instruct_ablation.sh [--output FOLDER] [--data FOLDER] [--llm decoder|encoder-decoder]
-#                                         [--stage1 RUN] [--seeds "1 2 3"] [key=value ...]
+#                                         [--start RUN] [--seeds "1 2 3"] [key=value ...]
 #
-# Stopped or failed, the same line goes on where it was; what is finished is kept. All start from one run of
-# tiny/pretrain_stage1.yaml, which is trained first, or from --stage1; key=value goes to the others only.
+# Stopped or failed, the same line goes on where it was; what is finished is kept. All start from one run of stage 2,
+# which is trained first, after stage 1, or from --start; key=value goes to the others only.
 #
 # BLIP_OUTPUT: the runs' folder (output/instruct-tiny). BLIP_DATA: where pictures and language models go (data).
 # BLIP_OPTIONS: more key=value, with blanks between them. BLIP_SCENES: options of `blip data make scenes`. BLIP_PROCESSES:
@@ -17,23 +17,27 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-llm=decoder stage1='' seeds='1 2 3'
-blip_arguments output/instruct-tiny "--llm --stage1 --seeds" "$@"
+llm=decoder start='' seeds='1 2 3'
+blip_arguments output/instruct-tiny "--llm --start --seeds" "$@"
 case $llm in
-  decoder | encoder-decoder) ;;
+  decoder) stage2=pretrain_stage2 ;;
+  encoder-decoder) stage2=pretrain_stage2_t5 ;;
   *) echo "error: --llm $llm: choose decoder or encoder-decoder" >&2 && exit 2 ;;
 esac
-[ -z "$stage1" ] || [[ $stage1 == /* ]] || stage1=$here/$stage1
+[ -z "$start" ] || [[ $start == /* ]] || start=$here/$start
 recipe=tiny/instruct.yaml
 
 blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
 "$python" run_scripts/tiny_llm.py --data "$data"
-if [ -z "$stage1" ]; then
-  stage1=$output/stage1
+if [ -z "$start" ]; then
+  start=$output/stage2-$llm
   given=(${options[@]+"${options[@]}"})
   options=()
-  blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$stage1"
+  blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$output/stage1"
+  # Its Q-Former keeps what stage 1 has taught it of texts.
+  blip_stage "$stage2" "tiny/$stage2.yaml" "$start" model.init_from="$output/stage1" \
+    model.qformer_text_input=true model.max_txt_len=40
   options=(${given[@]+"${given[@]}"})
 fi
 
@@ -41,7 +45,7 @@ fi
 features=$output/features/scenes
 if [ ! -f "$features/features.json" ]; then
   echo "== features"
-  "$python" -m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from="$stage1" \
+  "$python" -m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from="$start" \
     model.llm_model="llm/scenes-$llm" run.output_dir="$output/features"
 fi
 stored=()
@@ -52,7 +56,7 @@ compared() {
   local name=$1 seed
   shift
   for seed in $seeds; do
-    blip_stage "$name, seed $seed" "$recipe" "$output/$llm-$name-$seed" model.init_from="$stage1" \
+    blip_stage "$name, seed $seed" "$recipe" "$output/$llm-$name-$seed" model.init_from="$start" \
       model.llm_model="llm/scenes-$llm" "${stored[@]}" run.seed="$seed" "$@"
   done
 }

@@ -48,10 +48,27 @@ def stage1(commands: Commands, data_root: Path, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def tuned(commands: Commands, stage1: Path, root: Path, folder: Path, *more: str) -> Path:
+@pytest.fixture(scope="module")
+def stage2(commands: Commands, data_root: Path, stage1: Path) -> Path:
+    """A run of stage 2 whose Q-Former keeps its text side."""
+    folder = stage1.parent / "stage2"
+    more = [f"model.qformer={{{QFORMER}}}", "model.qformer_text_input=true", "model.max_txt_len=40"]
+    more += [
+        f"model.init_from={stage1}",
+        "model.llm_model=llm/small",
+        "run.max_iters=1",
+        "run.test_splits=[]",
+    ]
+    more += [f"run.data_root={data_root}", f"run.output_dir={folder}", *sized(("scenes",))]
+    ended = commands("--cfg", "tiny/pretrain_stage2.yaml", *SMALL, *more)
+    assert ended.code == 0, ended.output
+    return folder
+
+
+def tuned(commands: Commands, start: Path, root: Path, folder: Path, *more: str) -> Path:
     """A run of the recipe made small."""
     small = [f"model.qformer={{{QFORMER}}}", "model.llm_model=llm/small", "run.max_len=4", "run.max_iters=3"]
-    small += ["run.batch_size_train=2", *sized(HELD_IN + HELD_OUT), f"model.init_from={stage1}"]
+    small += ["run.batch_size_train=2", *sized(HELD_IN + HELD_OUT), f"model.init_from={start}"]
     place = [f"run.data_root={root}", f"run.output_dir={folder}"]
     ended = commands("--cfg", "tiny/instruct.yaml", *SMALL, *small, *place, *more)
     assert ended.code == 0, ended.output
@@ -59,9 +76,9 @@ def tuned(commands: Commands, stage1: Path, root: Path, folder: Path, *more: str
 
 
 def test_what_is_held_in_is_trained_and_what_is_held_out_is_scored(
-    commands: Commands, stage1: Path, data_root: Path, tmp_path: Path
+    commands: Commands, stage2: Path, data_root: Path, tmp_path: Path
 ) -> None:
-    folder = tuned(commands, stage1, data_root, tmp_path / "run")
+    folder = tuned(commands, stage2, data_root, tmp_path / "run")
     assert len(train_lines(folder)) == 3
     scores = lines(folder)[-1]
     assert scores["split"] == "test"
@@ -74,13 +91,13 @@ def test_what_is_held_in_is_trained_and_what_is_held_out_is_scored(
 
 
 def test_the_ablation_s_other_sides_are_overrides(
-    commands: Commands, stage1: Path, data_root: Path, tmp_path: Path
+    commands: Commands, stage2: Path, data_root: Path, tmp_path: Path
 ) -> None:
     """A Q-Former that reads nothing, other sampling, pictures' features in place of pictures."""
     stored = tmp_path / "features"
     ended = commands(
         *("--cfg", "tiny/pretrain_stage2.yaml", *SMALL, f"model.qformer={{{QFORMER}}}"),
-        *(f"model.init_from={stage1}", "model.llm_model=llm/small", *sized(("scenes",))),
+        *(f"model.init_from={stage2}", "model.llm_model=llm/small", *sized(("scenes",))),
         *(f"run.data_root={data_root}", f"run.output_dir={stored}"),
         module="blip.cache_features",
     )
@@ -88,7 +105,7 @@ def test_the_ablation_s_other_sides_are_overrides(
     seen = [f"datasets.{name}.features={stored}/scenes" for name in HELD_IN]
     blind = ["model.qformer_text_input=false", "run.sampling=uniform", "run.test_splits=[]"]
     runs = [
-        tuned(commands, stage1, data_root, tmp_path / name, *blind, *more)
+        tuned(commands, stage2, data_root, tmp_path / name, *blind, *more)
         for name, more in (("pictures", []), ("features", seen))
     ]
     assert train_lines(runs[0]) == train_lines(runs[1])
@@ -137,9 +154,13 @@ def test_the_script_compares_over_seeds_and_goes_on_where_it_was(tmp_path: Path)
     assert calls[1] == (
         f"-m blip.train --cfg tiny/pretrain_stage1.yaml run.output_dir={out}/stage1 run.resume=auto"
     )
-    assert calls[2].startswith(
-        f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from={out}"
+    assert calls[2] == (
+        f"-m blip.train --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage1"
+        f" model.qformer_text_input=true model.max_txt_len=40"
+        f" run.output_dir={out}/stage2-decoder run.resume=auto"
     )
+    cached = f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage2-decoder"
+    assert calls[3].startswith(cached)
     trained = [line for line in again if "tiny/instruct.yaml" in line]
     order = [f"{name}-{seed}" for name in ("instructed", "blind", "uniform") for seed in (1, 2)]
     begun = [*order[:4], *order[3:]]  # the one that failed, twice
@@ -157,8 +178,8 @@ def test_the_script_compares_over_seeds_and_goes_on_where_it_was(tmp_path: Path)
 
 
 def test_the_script_starts_from_another_run_and_refuses_an_unknown_language_model(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "--stage1", str(tmp_path / "mine"), "--llm", "encoder-decoder")
-    assert not any("--cfg tiny/pretrain_stage1" in line for line in calls)
+    _, calls = compare(tmp_path, "--start", str(tmp_path / "mine"), "--llm", "encoder-decoder")
+    assert not any("--cfg tiny/pretrain" in line and "blip.train" in line for line in calls)
     assert calls[-1].count(f"model.init_from={tmp_path / 'mine'} ") == 1
     assert "model.llm_model=llm/scenes-encoder-decoder" in calls[-1]
     printed, _ = compare(tmp_path, "--llm", "gpt", code=2)
