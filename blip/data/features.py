@@ -176,11 +176,12 @@ class FeatureStore:
         """Longest end of the path that is a name: data roots move, names do not."""
         if isinstance(picture, bytes):
             return None
-        parts = PurePath(picture).parts
-        for start in range(len(parts)):
-            place = self._places.get(PurePath(*parts[start:]).as_posix())
+        end, more = PurePath(picture).as_posix(), "/"
+        while more:
+            place = self._places.get(end)
             if place is not None:
                 return place
+            _, more, end = end.partition("/")
         return None
 
     def _absent(self, why: str) -> str:
