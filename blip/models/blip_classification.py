@@ -170,6 +170,8 @@ class BlipNlvrConfig(BlipClassificationConfig):
 
     num_classes: int = 2
     """Classes."""
+    max_txt_len: int = 512
+    """Longest sentence, in tokens, [CLS] and [SEP] included: NLVR2's are not cut."""
     use_distill: bool = False
     """Mix the targets with the opinion of a momentum twin."""
     merge_init: Literal["random", "mean"] = "random"

@@ -179,11 +179,15 @@ class BlipVqa(BlipModel):
             prompt: put around each question, which stands where the prompt has `{}`; else in front of it.
 
         Raises:
-            UsageError: unknown method, or no candidates to rank.
+            UsageError: unknown method, no candidates to rank, or a prompt for questions that are ids.
         """
         if inference_method not in METHODS:
             raise UsageError(f"inference_method: {inference_method!r}{hint(inference_method, METHODS)}")
-        if prompt and "text_input" in samples:
+        if prompt:
+            if "text_input" not in samples:
+                raise UsageError(
+                    "prompt: it is put around text; give the questions as text_input, not as ids"
+                )
             questions = samples["text_input"]
             questions = [questions] if isinstance(questions, str) else questions
             texts = [prompt.format(q) if "{}" in prompt else prompt + q for q in questions]

@@ -50,7 +50,7 @@ class Task:
     needs: ClassVar[tuple[str, ...]] = ()
     monitor: ClassVar[str] = "loss"
     data_kind: ClassVar[str] = "retrieval"
-    """`retrieval`, `caption`, `vqa` or `classification`."""
+    """`retrieval`, `caption`, `vqa`, `classification` or `instruct`."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config: Any = config

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from blip import dist
 from blip.batch import Batch, EvalContext, to_device
 from blip.config.schema import RunConfig
+from blip.errors import DataError
 from blip.metrics.retrieval import NOT_FOUND, recalls_from_ranks
 from blip.registry import TASKS
 from blip.tasks.base import Evaluation, Prediction, Task
@@ -108,6 +109,11 @@ class Retrieval(Task):
         return score.endswith("_mdR")
 
     def evaluate(self, model: Any, data: RetrievalData, context: EvalContext) -> Evaluation:
+        if min(len(data), len(data.text)) < dist.world_size():
+            raise DataError(
+                f"datasets.{data.name}: {len(data)} pictures and {len(data.text)} texts are too few for"
+                f" {dist.world_size()} processes; evaluate with fewer"
+            )
         with context.autocast():
             image_feats, states = self._encode_images(model, data, context)
             tokens = _tokenize(model, data.text, self.config.eval_max_txt_len)

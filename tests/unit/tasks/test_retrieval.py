@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blip.batch import EvalContext
+from blip.errors import DataError
 from blip.registry import TASKS
 from blip.tasks.retrieval import Retrieval, RetrievalRun
 from tests.unit.tasks.conftest import FakeData
@@ -86,6 +87,14 @@ def test_median_ranks_are_scores_of_videos_alone() -> None:
     assert set(task().scores()) >= MEDIANS  # not known yet
     assert not MEDIANS & set(task().scores(Pictures(2)))
     assert {"img_mdR", "txt_mdR"} == MEDIANS & set(task(k_test=0).scores(Videos(2)))
+
+
+def test_fewer_pictures_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank alike; a rank without any would leave the others waiting."""
+    monkeypatch.setattr("blip.dist.world_size", lambda: 3)
+    context = EvalContext(torch.device("cpu"), 2, nullcontext)
+    with pytest.raises(DataError, match="2 pictures and 4 texts are too few for 3 processes"):
+        task().evaluate(Watched(), Pictures(2), context)
 
 
 @pytest.mark.parametrize(("score", "less"), [("img_mdR", True), ("itc_txt_mdR", True), ("r_mean", False)])
