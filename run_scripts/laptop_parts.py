@@ -123,6 +123,8 @@ PARTS = {"vit_s14.safetensors": vision, "minilm": text, "smollm2": language}
 
 def main() -> int:
     """Prepare what is missing."""
+    for name in ("onnx", "gguf", "accelerate"):  # before anything is written
+        package(name)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
     args = parser.parse_args()

@@ -53,6 +53,11 @@ class Parallel:
         """
         if dist.world_size() == 1:
             return model
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            raise ConfigError(
+                "model.llm.device: with several processes each has one GPU for all its model; leave it null,"
+                " or train with one process"
+            )
         # The search is meant, and newer versions of torch have another word for `broadcast_buffers`.
         warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified")
         with warnings.catch_warnings():

@@ -260,7 +260,7 @@ class Blip2Llm(Blip2Base):
             use_nucleus_sampling: draw with `top_p`, `top_k` and `temperature`, instead of following beams.
             num_beams: texts that are followed at once.
             max_length: new tokens at most; None: 30, of InstructBLIP 256.
-            min_length: new tokens at least.
+            min_length: new tokens at least, the end included; one less of an encoder-decoder, as in LAVIS.
             top_p: draw among the fewest tokens that have this probability together.
             repetition_penalty: above 1, new words that are there become less likely; None: 1, of InstructBLIP
                 1.5.
@@ -302,6 +302,11 @@ class Blip2Llm(Blip2Base):
         prompts = ask.one_each(given, len(pictures))
         return ask.with_words(prompts, samples["ocr_tokens"]) if "ocr_tokens" in samples else prompts
 
+    @property
+    def answer_length_penalty(self) -> float:
+        """Of beams of short answers, as in LAVIS: 0 for decoders, -1 for encoder-decoders."""
+        return -1.0 if self.llm.is_encoder_decoder else 0.0
+
     @torch.no_grad()
     def predict_answers(
         self,
@@ -327,7 +332,7 @@ class Blip2Llm(Blip2Base):
             answer_list: candidates.
             prompt: with `{}` for the question; two of them: words read in the picture or choices, too. Empty:
                 the model's own where it has `{}`, else the question as it is.
-            length_penalty: of beams; None: as in LAVIS 0 for decoders, -1 for encoder-decoders.
+            length_penalty: of beams; None: `answer_length_penalty`.
 
         Raises:
             UsageError: unknown method, or nothing to rank.
@@ -345,9 +350,8 @@ class Blip2Llm(Blip2Base):
             scores = self._scores(samples, prompts, read, answer_list, num_ans_candidates)
             answers = [answer_list[i] for i in scores.argmax(dim=1).tolist()]
         else:
-            own = -1.0 if self.llm.is_encoder_decoder else 0.0
             how = {**self.generation, "num_beams": num_beams, "max_length": max_len, "min_length": min_len}
-            how["length_penalty"] = own if length_penalty is None else length_penalty
+            how["length_penalty"] = self.answer_length_penalty if length_penalty is None else length_penalty
             answers = self._write(samples, prompts, read, how)
         wanted = samples.get("apply_lemmatizer", self.config.apply_lemmatizer)
         return lemmatize(answers) if wanted else answers
@@ -388,6 +392,8 @@ class Blip2Llm(Blip2Base):
     ) -> list[str]:
         """Texts that continue the prompts; `how` are fields of `Decoding`."""
         tokenizer = self.llm.tokenizer
+        if self.llm.is_encoder_decoder:  # whose first token is the decoder's start, which LAVIS counts here
+            how = {**how, "min_length": max(0, how["min_length"] - 1)}
         rules = Decoding(tokenizer.end_id, tokenizer.pad_id, count_prompt=False, **how)
         draws = draws_of(samples, len(prompts), seed, self.device) if rules.sample else None
         ids, mask = tokenizer.prompt(prompts)

@@ -220,10 +220,16 @@ def _quantised(config: LLMConfig) -> dict[str, Any]:
 
 
 def own_dtype(config: LLMConfig, device: torch.device) -> torch.dtype:
-    """What the model computes in on a device."""
+    """What the model computes in on a device.
+
+    Additions (`lora`) have gradients inside the model, which fp16 would lose unless they are scaled: left to
+    itself, a model with them computes in bf16.
+    """
     if config.precision != "auto":
         return DTYPES[config.precision]
-    return DTYPES[config.half] if device.type == "cuda" else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if config.lora.r else DTYPES[config.half]
 
 
 def place(model: Any, device: torch.device, dtype: torch.dtype) -> None:

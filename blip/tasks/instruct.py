@@ -83,7 +83,7 @@ class InstructRun(RunConfig):
     min_len: int = 1
     """Shortest one."""
     length_penalty: float | None = None
-    """Scores of beams are divided by the length to this power; None: the model's own."""
+    """Scores of beams are divided by the length to this power; None: the model's, of captions or answers."""
     repetition_penalty: float | None = None
     """Above 1, words that are there become less likely; None: the model's own."""
 
@@ -182,10 +182,17 @@ class InstructTuning(Task):
             if listed:
                 made = [Made(order[0], order) for order in _ranked(model, own, listed)]
             else:
-                texts = model.generate(own, prompt=list(own["text_input"]), **self.config.generation())
+                texts = model.generate(own, prompt=list(own["text_input"]), **self._how(model, data))
                 made = [Made(text) for text in texts]
             found |= dict(zip(rows, made, strict=True))
         return [found[row] for row in range(len(indices))]
+
+    def _how(self, model: Any, data: InstructionData) -> dict[str, Any]:
+        """Arguments of the model's `generate`."""
+        given = self.config.generation()
+        if not data.in_words and hasattr(model, "answer_length_penalty"):
+            given.setdefault("length_penalty", model.answer_length_penalty)
+        return given
 
     def _metrics(self, data: InstructionData, predictions: list[Prediction]) -> dict[str, float]:
         own = AnswerScores()

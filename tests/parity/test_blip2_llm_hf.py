@@ -282,7 +282,8 @@ def test_generated_ids_are_those_of_transformers(
         num_beams=setting["num_beams"],
         num_return_sequences=setting.get("num_captions", 1),
         max_new_tokens=setting["max_length"],
-        min_new_tokens=setting.get("min_length", 1),
+        # As LAVIS calls it: of an encoder-decoder the decoder's start counts.
+        **{"min_length" if seq2seq else "min_new_tokens": setting.get("min_length", 1)},
         length_penalty=setting.get("length_penalty", 1.0),
         repetition_penalty=penalty,
         eos_token_id=tokenizer.end_id,

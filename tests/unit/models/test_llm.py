@@ -13,7 +13,8 @@ from blip.config.typed import typed_section
 from blip.engine.recompute import apply_recompute
 from blip.errors import CheckpointError, ConfigError, DataError
 from blip.layers.decoding import Decoding
-from blip.models.llm import LanguageModel, LLMConfig, build_llm
+from blip.models.llm import LanguageModel, LLMConfig, LoraConfig, build_llm
+from blip.models.llm_build import own_dtype
 from blip.models.llm_tokenizer import LlmTokenizer
 
 OPT: dict[str, Any] = {
@@ -202,6 +203,15 @@ def test_it_stays_where_its_own_device_is() -> None:
     assert llm.loss(**batch(llm)).isfinite()
 
 
+def test_additions_are_not_trained_inside_a_model_in_fp16() -> None:
+    """Their gradients lie inside, where fp16 would lose them and nothing scales them."""
+    gpu, half = torch.device("cuda"), {"half": "fp16"}
+    assert own_dtype(LLMConfig(**half), gpu) == torch.float16
+    assert own_dtype(LLMConfig(**half, lora=LoraConfig(r=2)), gpu) == torch.bfloat16
+    assert own_dtype(LLMConfig(**half, precision="fp16", lora=LoraConfig(r=2)), gpu) == torch.float16
+    assert own_dtype(LLMConfig(**half, lora=LoraConfig(r=2)), torch.device("cpu")) == torch.float32
+
+
 @pytest.mark.gpu
 def test_auto_precision_is_half_on_a_gpu_and_back_on_a_cpu() -> None:
     llm = build(LLAMA, half="fp16")
@@ -376,8 +386,6 @@ def test_a_model_that_cannot_be_built_is_explained(config: dict[str, Any], messa
 
 def test_lora_and_quantisation_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
-
-    from blip.models.llm import LoraConfig
 
     for package in ("peft", "bitsandbytes"):
         monkeypatch.setitem(sys.modules, package, None)

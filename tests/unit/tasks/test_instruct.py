@@ -109,6 +109,18 @@ def test_what_is_written_is_right_where_it_equals_what_people_wrote() -> None:
     assert "right" not in found.predictions[3]
 
 
+def test_answers_are_as_short_as_the_model_has_them_and_captions_are_not() -> None:
+    """InstructBLIP's answers have a length penalty of -1 (FlanT5) or 0, its captions 1."""
+    model: Any = Writer()
+    model.answer_length_penalty = -1.0
+    words = Told(1)
+    words.in_words = True
+    task().evaluate(model, Told(1), CONTEXT)
+    task(length_penalty=0.5).evaluate(model, Told(1), CONTEXT)
+    task().evaluate(model, words, CONTEXT)
+    assert [how.get("length_penalty") for _, _, how in model.calls] == [-1.0, 0.5, None]
+
+
 def test_choices_are_ranked_and_the_rest_is_written() -> None:
     model = Writer()
     found = task(num_beams=2, max_len=9, length_penalty=0.5).evaluate(model, Told(3), CONTEXT)
