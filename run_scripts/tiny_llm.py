@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from blip.models.llm_tokenizer import LlmTokenizer
 
 ASK = "question: {} short answer:"
 BATCH, RATE, WARMUP = 64, 3e-3, 20
+AT_ONCE = 8
+"""Batches that are drawn together and cut by length, since half of a batch of any lengths is padding."""
 TEST = 500
 
 
@@ -62,6 +65,19 @@ def draw(data: list[Any], rng: random.Random) -> tuple[str, str]:
         return f"{' '.join(words)} {ASK.format(question)}", answer
     cut = rng.randrange(len(words))
     return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def batches(kind: str, data: list[Any], rng: random.Random) -> Iterator[list[tuple[str, str]]]:
+    """Batches of texts of about the same length, without end; of an encoder-decoder, as the encoder reads."""
+
+    def length(pair: tuple[str, str]) -> int:
+        return len(pair[0]) + (len(pair[1]) if kind == "causal" else 0)
+
+    while True:
+        drawn = sorted((draw(data, rng) for _ in range(AT_ONCE * BATCH)), key=length)
+        cut = [drawn[start : start + BATCH] for start in range(0, len(drawn), BATCH)]
+        rng.shuffle(cut)
+        yield from cut
 
 
 def build(kind: str, tokenizer: LlmTokenizer) -> Any:
@@ -116,13 +132,15 @@ def loss_of(model: Any, tokenizer: LlmTokenizer, pairs: list[tuple[str, str]]) -
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: LlmTokenizer, data: list[Any], rng: random.Random) -> float:
     """Percentage of right answers to questions about a description, greedily."""
-    right = 0
+    right, groups = 0, defaultdict(list)
     asked = [(rng.choice(told), *rng.choice(questions)) for told, questions in data[:TEST] if questions]
     for told, question, answer in asked:
         ids, _ = tokenizer.prompt([f"{told} {ASK.format(question)}"])
-        found = model.generate(ids, max_new_tokens=6, do_sample=False)[0]
-        found = found[ids.shape[1] :] if tokenizer.kind == "causal" else found[1:]
-        right += tokenizer.decode(found[None])[0] == answer
+        groups[ids.shape[1]].append((ids[0], answer))
+    for length, group in groups.items():  # of one length each, so that nothing is padded
+        found = model.generate(torch.stack([ids for ids, _ in group]), max_new_tokens=6, do_sample=False)
+        texts = tokenizer.decode(found[:, length:] if tokenizer.kind == "causal" else found[:, 1:])
+        right += sum(text == answer for text, (_, answer) in zip(texts, group, strict=True))
     return 100 * right / len(asked)
 
 
@@ -131,11 +149,13 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
     tokenizer = LlmTokenizer.load("scenes", kind)  # type: ignore[arg-type]
     model, rng, started = build(kind, tokenizer), random.Random(0), time.perf_counter()
     train = scenes(root, "train")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(steps):
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    for step, pairs in zip(range(steps), batches(kind, train, rng), strict=False):
         rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = RATE * rate
-        loss = loss_of(model, tokenizer, [draw(train, rng) for _ in range(BATCH)])
+        loss = loss_of(model, tokenizer, pairs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
