@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from blip.data.scenes_questions import TYPES
 from tests.e2e.runs import Commands, lines
@@ -96,3 +97,28 @@ def test_a_metric_that_the_data_cannot_give_is_refused_before_training(
     assert "run.monitor: the evaluation on scenes gives no 'attr_acc'; choose from Bleu_1" in ended.output
     assert "caption_acc" not in ended.output
     assert not (tmp_path / "run").exists()
+
+
+def test_sentences_of_people_about_drawings_are_scored(
+    commands: Commands, pretrained: Path, data_root: Path, tmp_path: Path
+) -> None:
+    """NLVR's development split: one drawing of three boxes each, cut into the first and the others."""
+    run, root, scored = tmp_path / "nlvr", tmp_path / "data", tmp_path / "scored"
+    more = [f"model.med={{{MED}}}"]
+    small = options("scenes_nlvr", data_root, run)
+    ended = commands("--cfg", "tiny/blip_nlvr.yaml", *small, *more, f"model.init_from={pretrained}")
+    assert ended.code == 0, ended.output
+    (root / "nlvr-dev" / "images").mkdir(parents=True)
+    records = []
+    for number in range(5):
+        file = f"images/dev-{number}-0.png"
+        Image.new("RGB", (90, 30), (40 * number, 90, 200)).save(root / "nlvr-dev" / file)
+        records.append({"image": file, "sentence": f"There are {number} towers.", "label": number % 2 == 0})
+    (root / "nlvr-dev" / "dev.json").write_text(json.dumps(records))
+    sizes = [*SMALL[:2], *more, "datasets.nlvr_dev.vis_processor.eval.image_size=32"]
+    where = [f"model.init_from={run}", f"run.data_root={root}", f"run.output_dir={scored}"]
+    ended = commands("--cfg", "tiny/nlvr_dev_eval.yaml", *sizes, *where, module="blip.evaluate")
+    assert ended.code == 0, ended.output
+    found = json.loads(next((scored / "predictions").glob("test-*.json")).read_text())
+    assert [p["truth"] for p in found] == ["True", "False"] * 2 + ["True"]
+    assert lines(scored)[-1]["acc"] == pytest.approx(20 * sum(p["right"] for p in found))
