@@ -17,7 +17,7 @@ from blip.models.blip_weights import PUBLISHED
 from blip.registry import MODELS
 from tests.e2e.runs import Commands, lines
 
-MED = {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64, "max_positions": 64}
+MED = {"width": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64, "max_positions": 512}
 VIT = {"patch_size": 8, "width": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
 SIZES: dict[str, Any] = {"image_size": 32, "vit": VIT, "med": MED, "tokenizer": "scenes"}
 QUEUE = {"queue_size": 8, "embed_dim": 16}

@@ -19,7 +19,7 @@ SMALL = [
     "run.warmup_steps=1",
     "run.log_freq=1",
 ]
-MED = "width: 32, depth: 2, num_heads: 2, mlp_dim: 64, max_positions: 64"
+MED = "width: 32, depth: 2, num_heads: 2, mlp_dim: 64, max_positions: 512"
 CAPTION_SCORES = {"Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr", "agg_metrics", "attr_acc", "caption_acc"}
 RECALLS = {f"{way}_r{k}" for way in ("txt", "img") for k in (1, 5, 10)}
 DOWNSTREAM = {
