@@ -83,7 +83,8 @@ def joined(config: Config) -> Iterator[None]:
     try:
         yield
     except (BlipError, Stopped) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the run, which holds the group
+        if dist.initialized():  # frames hold the run, which holds the group
+            traceback.clear_frames(error.__traceback__)
         raise
     except RuntimeError as error:
         if dist.world_size() > 1 and "by peer" in str(error):

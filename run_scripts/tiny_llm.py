@@ -1,4 +1,4 @@
-"""Pre-trains two small language models on the text of the embedded data, for configs/tiny: a minute each.
+"""Pre-trains two small language models on the text of the embedded data, for configs/tiny: minutes each.
 
     python run_scripts/tiny_llm.py [--data FOLDER] [--steps N]
 
