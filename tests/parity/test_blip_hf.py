@@ -159,12 +159,17 @@ def test_the_caption_loss_and_its_gradients_are_those_of_transformers(caption: t
     logits = ours.lm_head(ours.text.decode(ids, mask, [(keys, 1)]), ours.text.embedding.word.weight)
     asked = mask[:, 1:]
     torch.testing.assert_close(logits[asked], expected.logits[:, :-1][asked], **CLOSE)
-    expected.loss.backward()
-    found.loss.backward()
+    assert_same_gradients(theirs, expected.loss, ours, found.loss)
+
+
+def assert_same_gradients(theirs: Any, their_loss: Tensor, ours: Any, our_loss: Tensor) -> None:
+    for model, loss in ((theirs, their_loss), (ours, our_loss)):
+        model.zero_grad()
+        loss.backward()
     gradients = {n: p.grad for n, p in ours.named_parameters()}
     # The second names of tied tensors have no gradient of their own.
     wanted = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    renamed = hf.table("blip_caption").to_ours(wanted).state
+    renamed = hf.table(ours.config.arch).to_ours(wanted).state
     assert renamed.keys() == gradients.keys()
     for name, value in renamed.items():
         torch.testing.assert_close(gradients[name], value, **CLOSE, msg=name)
@@ -197,20 +202,65 @@ def answers() -> tuple[Tensor, Tensor]:
     return texts(DEC, [3, 5, 4], seed=3)
 
 
-def test_the_loss_of_answers_is_that_of_transformers(vqa: tuple[Any, Any]) -> None:
+QUESTIONS = [7, 3, 5]
+"""Lengths: two of the three are padded."""
+
+
+def their_answers(theirs: Any, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Loss of some rows' answers, and the decoder's logits, which the model keeps to itself.
+
+    A row by itself has no padding.
+    """
+    kept: list[Tensor] = []
+    head = theirs.text_decoder.cls.register_forward_hook(lambda *call: kept.append(call[2]))
+    try:
+        (ids, mask), (answer_ids, answer_mask) = (
+            _real(*(part[rows] for part in both)) for both in (texts(CLS, QUESTIONS), answers())
+        )
+        found = theirs(
+            pixel_values=images()[rows],
+            input_ids=ids,
+            attention_mask=mask.long(),
+            decoder_input_ids=answer_ids,
+            decoder_attention_mask=answer_mask.long(),
+            labels=answer_ids.masked_fill(~answer_mask, -100),
+        )
+    finally:
+        head.remove()
+    return found.loss, kept[0][:, :-1]
+
+
+def _real(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Without columns that are padding in all rows."""
+    longest = int(mask.sum(dim=1).max())
+    return ids[:, :longest], mask[:, :longest]
+
+
+def our_logits(ours: Any, attend_padding: bool = False) -> Tensor:
+    """Of the three padded questions' padded answers, (3, T - 1, V)."""
+    (ids, mask), (answer_ids, answer_mask) = texts(CLS, QUESTIONS), answers()
+    keys = ours.question_keys({"image": images(), "text_ids": ids, "text_mask": mask})
+    if attend_padding:
+        keys = keys._replace(mask=None)
+    hidden = ours.answer_decoder.decode(answer_ids, answer_mask, [(keys, 1)])
+    return ours.lm_head(hidden, ours.answer_decoder.embedding.word.weight)
+
+
+def test_loss_gradients_and_logits_of_answers_are_those_of_transformers(vqa: tuple[Any, Any]) -> None:
+    """Ours of a padded batch are theirs of each question by itself.
+
+    Padded, theirs are not what training means: in transformers 5 cross-attention drops the mask that it is
+    given, so answers look at the padding of questions.
+    """
     theirs, ours = vqa
-    # Of one length: transformers 5 does not apply the mask of questions that it is given.
-    ids, mask = texts(CLS, [7, 7, 7])
-    answer_ids, answer_mask = answers()
-    expected = theirs(
-        pixel_values=images(),
-        input_ids=ids,
-        attention_mask=mask.long(),
-        decoder_input_ids=answer_ids,
-        decoder_attention_mask=answer_mask.long(),
-        labels=answer_ids.masked_fill(~answer_mask, -100),
-    )
-    tokens = int(answer_mask[:, 1:].sum())
+    (ids, mask), (answer_ids, answer_mask) = texts(CLS, QUESTIONS), answers()
+    tokens, logits = answer_mask[:, 1:].sum(dim=1), our_logits(ours)
+    total = torch.zeros(())
+    for row, count in enumerate(tokens.tolist()):
+        loss, expected = their_answers(theirs, slice(row, row + 1))
+        assert expected.shape[1] == count
+        torch.testing.assert_close(logits[row, :count], expected[0], **CLOSE)
+        total = total + loss * count
     batch = {
         "image": images(),
         "text_ids": ids,
@@ -221,13 +271,26 @@ def test_the_loss_of_answers_is_that_of_transformers(vqa: tuple[Any, Any]) -> No
         "weight": torch.ones(3),
     }
     # Theirs is a mean over tokens, ours BLIP's: a sum over tokens, a mean over questions.
-    torch.testing.assert_close(ours(batch).loss * 3 / tokens, expected.loss, **CLOSE)
+    found = ours(batch).loss
+    torch.testing.assert_close(found, total / 3, **CLOSE)
+    assert_same_gradients(theirs, total / 3, ours, found)
+
+
+@torch.no_grad()
+def test_logits_of_a_padded_batch_are_those_of_transformers_where_padding_is_seen(
+    vqa: tuple[Any, Any],
+) -> None:
+    theirs, ours = vqa
+    real = answers()[1][:, 1:]
+    _, expected = their_answers(theirs)
+    torch.testing.assert_close(our_logits(ours, attend_padding=True)[real], expected[real], **CLOSE)
+    assert not torch.allclose(our_logits(ours)[real], expected[real], atol=1e-2)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_generated_answers_are_those_of_transformers(vqa: tuple[Any, Any], num_beams: int) -> None:
     theirs, ours = vqa
-    ids, mask = texts(CLS, [7, 3, 5])
+    ids, mask = texts(CLS, QUESTIONS)
     rules = {"num_beams": num_beams, "max_length": 8, "min_length": 1}
     wanted = theirs.generate(
         pixel_values=images(), input_ids=ids, attention_mask=mask.long(), do_sample=False, **rules
