@@ -93,11 +93,19 @@ class LlmTokenizer:
         """
         return cls(_load(source, data_root), kind, end, bos)
 
-    def raw(self, texts: Sequence[str]) -> list[list[int]]:
-        """The bare tokens of each text."""
+    def raw(self, texts: Sequence[str], control: bool = True) -> list[list[int]]:
+        """The bare tokens of each text.
+
+        Args:
+            texts: B texts.
+            control: "</s>" and the like are the tokens of that name, as a prompt of a chat model has them;
+                False: they are letters like others, as in data, which must not end a text where it likes.
+        """
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, verbose=False, split_special_tokens=not control
+        )
         return [list(ids) for ids in encoded["input_ids"]]
 
     def encode(
@@ -108,6 +116,7 @@ class LlmTokenizer:
         bos: bool = True,
         end: bool | None = None,
         continues: bool = False,
+        control: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Ids and mask, padded on the right.
 
@@ -118,6 +127,7 @@ class LlmTokenizer:
             bos: begin with `lead`.
             end: end with `tail`; None: for an encoder and its decoder.
             continues: the texts stand behind other ones, so that they need a space before them.
+            control: as of `raw`.
 
         Returns:
             ids int64 (B, T), mask bool (B, T), True = real token.
@@ -125,7 +135,7 @@ class LlmTokenizer:
         head = self.lead if bos else []
         tail = self.tail if (self.kind == "seq2seq" if end is None else end) else []
         room = None if max_length is None else max(max_length - len(head) - len(tail), 0)
-        words = self.raw([self.behind(text) for text in texts] if continues else texts)
+        words = self.raw([self.behind(text) for text in texts] if continues else texts, control)
         ids, mask, _ = self._pad([[*head, *_cut(row, room, side), *tail] for row in words])
         return ids, mask
 
@@ -162,12 +172,12 @@ class LlmTokenizer:
         """
         if self.kind == "seq2seq":
             ids, mask = self.encode(prompts, max_prompt, side)
-            target_ids, target_mask = self.encode(targets, max_target)
+            target_ids, target_mask = self.encode(targets, max_target, control=False)
             labels = target_ids.masked_fill(~target_mask, -100)
             return {"llm_ids": ids, "llm_mask": mask, "llm_labels": labels}
         room = None if max_prompt is None else max(max_prompt - len(self.lead), 0)
         pairs = zip(prompts, targets, strict=True)
-        words = self.raw([self.behind(target, prompt) for prompt, target in pairs])
+        words = self.raw([self.behind(target, prompt) for prompt, target in pairs], control=False)
         rows, unlearned = [], []
         for prompt, target in zip(self.raw(prompts), words, strict=True):
             before = [*self.lead, *_cut(prompt, room, side)]
@@ -195,8 +205,11 @@ class LlmTokenizer:
             DataError: a text that does not begin with the prompt; real words would not be learned.
         """
         room = None if max_length is None else max(max_length - len(self.lead), 0)
-        begins = self.raw([prompt])[0] if prompt.strip() else []
-        words = self.raw([text + self.end_text for text in texts])
+        begins = self.raw([prompt], control=False)[0] if prompt.strip() else []
+        if self.end_text in self._tokenizer.all_special_tokens:
+            words = [[*row, self.end_id] for row in self.raw(texts, control=False)]
+        else:
+            words = self.raw([text + self.end_text for text in texts], control=False)
         for text, row in zip(texts, words, strict=True):
             if row[: len(begins)] != begins:
                 raise DataError(

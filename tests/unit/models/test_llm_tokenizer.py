@@ -125,6 +125,25 @@ def test_a_target_gets_a_space_where_the_tokenizer_makes_none() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("make", "kind"), [(opt_like, "causal"), (llama_like, "causal"), (t5_like, "seq2seq")]
+)
+def test_data_that_names_a_control_token_is_letters_and_a_prompt_may_have_one(make: Any, kind: Any) -> None:
+    tokenizer = LlmTokenizer(make(), kind)
+    end = tokenizer.end_id
+    prompts, targets = ["a</s>b", "a"], ["c</s>d", "c"]
+    batch = tokenizer.train(prompts, targets)
+    learned = [[token for token in row if token != -100] for row in batch["llm_labels"].tolist()]
+    assert [row.index(end) for row in learned] == [len(row) - 1 for row in learned]  # at the end alone
+    assert len(learned[0]) >= 1 + len("c</s>d")
+    read = batch["llm_ids"][0, : int(batch["llm_labels"][0].eq(-100).sum())].tolist()
+    if kind == "causal":
+        assert end in read[1:]
+        whole = tokenizer.text(["c</s>d"])["llm_ids"][0].tolist()
+        assert whole[len(tokenizer.lead) :].count(end) == 1
+        assert whole[-1] == end
+
+
 def test_an_encoder_reads_the_prompt_with_its_end_and_a_decoder_learns_the_target() -> None:
     tokenizer = LlmTokenizer(t5_like(), "seq2seq")
     batch = tokenizer.train(["is it?", ""], ["no", "yes"], max_prompt=5, max_target=3)
