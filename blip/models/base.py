@@ -247,10 +247,6 @@ class BlipModel(nn.Module):
         absent = tuple(self.frozen_parts())
         return {k: v for k, v in self.state_dict().items() if not (absent and k.startswith(absent))}
 
-    def blocks(self) -> list[nn.Module]:
-        """Repeated blocks that may be recomputed or sharded."""
-        return []
-
     def recompute(self) -> tuple[RecomputeMode, int | None]:
         """How the tower's blocks recompute their activations (`engine.recompute`), and the last how many."""
         return self.config.recompute()

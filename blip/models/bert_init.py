@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from blip.config.schema import Section
 from blip.errors import CheckpointError, ConfigError
 from blip.layers.attention import Attention
 from blip.layers.text import FeedForward, LMHead, TextEmbedding
+from blip.models.vision import find_file
 
 _ATTENTION = {
     "attention.self.query": "query",
@@ -74,7 +76,9 @@ class BertParts(NamedTuple):
     """Self-attention and feed-forward of each layer."""
 
 
-def load_bert(parts: BertParts, lm_head: LMHead | None, source: str) -> str:
+def load_bert(
+    parts: BertParts, lm_head: LMHead | None, source: str, data_root: str | Path | None = None
+) -> str:
     """Copy a BERT's weights into a text transformer.
 
     Word embeddings may have fewer rows than ours (added tokens stay random).
@@ -82,7 +86,9 @@ def load_bert(parts: BertParts, lm_head: LMHead | None, source: str) -> str:
     Args:
         parts: what is filled; the rest of the transformer stays as it is.
         lm_head: filled where the source has a masked-language-model head.
-        source: folder or Hugging Face name of a BERT-like masked or plain model.
+        source: folder (as given, else below the data root) or Hugging Face name of a BERT-like masked or
+            plain model.
+        data_root: None: the environment variable BLIP_DATA, else `data`.
 
     Returns:
         One line of report.
@@ -91,6 +97,7 @@ def load_bert(parts: BertParts, lm_head: LMHead | None, source: str) -> str:
         ConfigError: no such model.
         CheckpointError: a layer of the source does not fit.
     """
+    source = str(find_file(source, data_root) or source)
     copy = _Copy(_bert_tensors(parts.section, source), parts.section, source)
     for i, (attention, feed_forward) in enumerate(parts.layers):
         for theirs, ours in _ATTENTION.items():

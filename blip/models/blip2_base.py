@@ -15,7 +15,7 @@ from blip.models.base import BlipModel
 from blip.models.bert_init import load_bert
 from blip.models.blip2_config import Blip2Config
 from blip.models.qformer import QFormer
-from blip.models.vision import VisionTower, find_file
+from blip.models.vision import VisionTower
 
 
 class Blip2Base(BlipModel):
@@ -73,8 +73,8 @@ class Blip2Base(BlipModel):
         report = self.vision.load_initial(data_root)
         bert = self.config.qformer.init_from
         if bert and self.qformer.blocks()[0].text_ffn is not None:
-            source = str(find_file(bert, data_root) or bert)
-            report.append(load_bert(self.qformer.bert_parts(), getattr(self, "lm_head", None), source))
+            head = getattr(self, "lm_head", None)
+            report.append(load_bert(self.qformer.bert_parts(), head, bert, data_root))
             self.qformer.copy_text_ffn()
         return report
 
@@ -87,7 +87,3 @@ class Blip2Base(BlipModel):
         never_trained = self.config.freeze_vit and self.config.vit_train_steps == 0
         source = self.vision.loaded_from
         return {"vision.": source} if never_trained and source else {}
-
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the Q-Former's layers."""
-        return [*self.vision.blocks(), *self.qformer.blocks()]

@@ -38,7 +38,6 @@ from blip.models.generate import draws_of
 from blip.models.lemmas import lemmatize
 from blip.models.llm import LLMConfig, build_llm
 from blip.models.llm_presets import sizes_of_llm
-from blip.models.vision import find_file
 from blip.registry import MODELS
 
 log = logging.getLogger(__name__)
@@ -435,8 +434,7 @@ class Blip2Llm(Blip2Base):
         found = adopt_stage2(tensors, self.state_dict(), llm_may_stay=not named)
         bert = self.config.qformer.init_from
         if bert and any(is_text_side(name) for name in found.kept):
-            source = str(find_file(bert, self._data_root) or bert)
-            log.info("%s", load_bert(self.qformer.bert_parts(), None, source))
+            log.info("%s", load_bert(self.qformer.bert_parts(), None, bert, self._data_root))
         return found
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:

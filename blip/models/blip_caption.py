@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip.batch import Output
 from blip.errors import DataError, UsageError
-from blip.layers.text import LMHead, init_bert
-from blip.models.base import BlipModel
-from blip.models.bert_init import load_bert
+from blip.layers.text import LMHead
+from blip.models.bert_init import BertParts
+from blip.models.blip_base import BlipBase
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import decoding, draws_of, write
-from blip.models.med import Med
 from blip.models.narrate import caption_loss, decoder_labels
-from blip.models.tokenizer import DEC, ENC
-from blip.models.vision import VisionTower, find_file
 from blip.registry import MODELS
 
 
@@ -41,7 +37,7 @@ class BlipCaptionConfig(BlipConfig):
 
 
 @MODELS.register("blip_caption")
-class BlipCaption(BlipModel):
+class BlipCaption(BlipBase):
     """A tower and a decoder.
 
     Shape:
@@ -70,17 +66,10 @@ class BlipCaption(BlipModel):
     }
     published: ClassVar = PUBLISHED["blip_caption"]
     starts: ClassVar = STARTS["blip_caption"]
-    sizes_of = classmethod(sizes_of_class)
-    adopt = adopted_by
-    added_tokens = (DEC, ENC)
 
     def __init__(self, config: BlipCaptionConfig) -> None:
         super().__init__(config)
-        self.vision = VisionTower(config.tower())
-        vocab_size = config.vocab_size or self.word_pieces.vocab_size
-        self.text = Med(config.med, vocab_size, self.vision.width, config.dropout)
-        self.lm_head = LMHead(config.med.width, vocab_size, config.med.norm_eps)
-        init_bert(self.lm_head, config.med.init_std)
+        self.lm_head = self._lm_head()
 
     def forward(self, batch: dict[str, Any]) -> Output:
         batch = self.with_text(batch)
@@ -192,15 +181,6 @@ class BlipCaption(BlipModel):
         # The last real token of each row is [SEP]; without it rows are one token shorter.
         return ids[:, :-1], mask[:, 1:]
 
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the decoder's layers."""
-        return [*self.vision.blocks(), *self.text.blocks()]
-
-    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
-        """Load the tower from `vit_init_from` and the decoder from `med.init_from`."""
-        report = self.vision.load_initial(data_root)
-        source = self.config.med.init_from
-        if source:
-            place = str(find_file(source, data_root) or source)
-            report.append(load_bert(self.text.bert_parts("decode"), self.lm_head, place))
-        return report
+    def bert_starts(self) -> list[tuple[BertParts, LMHead | None]]:
+        """The decoder and its head."""
+        return [(self.text.bert_parts("decode"), self.lm_head)]

@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from blip.batch import Output
 from blip.layers.momentum import MomentumTwin
 from blip.losses import at_least_float32, soft_targets
-from blip.models.base import BlipModel
-from blip.models.bert_init import load_bert
+from blip.models.blip_base import BlipBase, ramp
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.med import Med
-from blip.models.tokenizer import DEC, ENC
-from blip.models.vision import VisionTower, find_file
+from blip.models.vision import VisionTower
 from blip.registry import MODELS
 
 
@@ -52,7 +50,7 @@ class BlipClassificationConfig(BlipConfig):
 
 
 @MODELS.register("blip_classification")
-class BlipClassification(BlipModel):
+class BlipClassification(BlipBase):
     """A tower, a text encoder that looks at the image, and a head; with a momentum twin where it distils.
 
     Shape:
@@ -62,16 +60,11 @@ class BlipClassification(BlipModel):
 
     config_class: ClassVar[type[BlipClassificationConfig]] = BlipClassificationConfig
     presets: ClassVar = {"base": {"image_size": 384}}
-    sizes_of = classmethod(sizes_of_class)
-    adopt = adopted_by
-    added_tokens = (DEC, ENC)
     replaceable = ("twin.",)
     num_images: ClassVar[Any] = 1
 
     def __init__(self, config: BlipClassificationConfig) -> None:
         super().__init__(config)
-        self.vision = VisionTower(config.tower())
-        self.text = self._text()
         self.cls_head = _head(config.med.width, config.num_classes)
         self.twin: MomentumTwin | None = None
         if config.use_distill:
@@ -81,10 +74,7 @@ class BlipClassification(BlipModel):
             self.twin.copy_from(self)
 
     def _text(self) -> Med:
-        config = self.config
-        vocab_size = config.vocab_size or self.word_pieces.vocab_size
-        width = self.vision.width
-        return Med(config.med, vocab_size, width, config.dropout, num_images=self.num_images)
+        return self._med(self.vision.width, num_images=self.num_images)
 
     def forward(self, batch: dict[str, Any], is_train: bool = True) -> Output:
         """The loss; with `is_train=False`, LAVIS's way to ask for `predict`."""
@@ -118,11 +108,7 @@ class BlipClassification(BlipModel):
 
     def alpha(self, batch: dict[str, Any]) -> float:
         """Share of the twin's opinion at this step."""
-        per_epoch = batch.get("num_iters_per_epoch")
-        if not per_epoch:
-            return self.config.alpha
-        step = batch["step"] if "step" in batch else batch.get("epoch", 0) * per_epoch + batch.get("iters", 0)
-        return self.config.alpha * min(1.0, step / per_epoch)
+        return ramp(batch, self.config.alpha, epochs=1.0)
 
     def predict(self, samples: dict[str, Any]) -> Output:
         """`predictions` (B, C), logits; `targets` (B,), where the samples have labels."""
@@ -142,12 +128,8 @@ class BlipClassification(BlipModel):
             self.twin.follow(self, self.config.momentum)
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:
-        """Load the tower from `vit_init_from` and the text transformer from `med.init_from`."""
-        report = self.vision.load_initial(data_root)
-        source = self.config.med.init_from
-        if source:
-            place = str(find_file(source, data_root) or source)
-            report.append(load_bert(self.text.bert_parts("encode"), None, place))
+        """Load tower and text transformer; the twin starts as their copy."""
+        report = super().load_parts(data_root)
         if self.twin is not None:
             self.twin.copy_from(self)
         return report
@@ -158,10 +140,6 @@ class BlipClassification(BlipModel):
             return []
         self.twin.copy_from(self, {name.removeprefix("twin.") for name in names})
         return [f"momentum twin: {len(names)} tensors copied from the model"]
-
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the text transformer's layers."""
-        return [*self.vision.blocks(), *self.text.blocks()]
 
 
 @dataclass

@@ -15,12 +15,9 @@ from blip.errors import UsageError, hint
 from blip.layers.attention import ImageKeys
 from blip.layers.masks import padding_mask
 from blip.losses import at_least_float32
-from blip.models.base import BlipModel
+from blip.models.blip_base import BlipBase
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, adopted_by, sizes_of_class
-from blip.models.med import Med
-from blip.models.tokenizer import DEC, ENC
-from blip.models.vision import VisionTower
+from blip.models.blip_weights import PUBLISHED
 from blip.registry import MODELS
 
 MODES = ("image", "text", "multimodal")
@@ -40,21 +37,15 @@ class BlipFeaturesConfig(BlipConfig):
 
 
 @MODELS.register("blip_feature_extractor")
-class BlipFeatureExtractor(BlipModel):
+class BlipFeatureExtractor(BlipBase):
     """A tower, a text encoder and the projections of both into the contrastive space."""
 
     config_class: ClassVar[type[BlipFeaturesConfig]] = BlipFeaturesConfig
     presets: ClassVar = {"base": {"image_size": 224}}
     published: ClassVar = PUBLISHED["blip_feature_extractor"]
-    sizes_of = classmethod(sizes_of_class)
-    adopt = adopted_by
-    added_tokens = (DEC, ENC)
 
     def __init__(self, config: BlipFeaturesConfig) -> None:
         super().__init__(config)
-        self.vision = VisionTower(config.tower())
-        vocab_size = config.vocab_size or self.word_pieces.vocab_size
-        self.text = Med(config.med, vocab_size, self.vision.width, config.dropout)
         self.vision_proj = nn.Linear(self.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.med.width, config.embed_dim)
         self.add_head()
@@ -91,10 +82,6 @@ class BlipFeatureExtractor(BlipModel):
             return Output(text_embeds=states, text_embeds_proj=_unit(self.text_proj(states)))
         images = [(self.text.image_keys(self.image_states(samples)), 1)]
         return Output(multimodal_embeds=self.text.grounded(ids, mask, images))
-
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the text encoder's layers."""
-        return [*self.vision.blocks(), *self.text.blocks()]
 
 
 @dataclass

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from blip.batch import Output
-from blip.layers.text import LMHead, init_bert
-from blip.models.bert_init import load_bert
+from blip.layers.text import LMHead
+from blip.models.bert_init import BertParts
 from blip.models.blip_config import MomentumConfig
 from blip.models.blip_retrieval import BlipRetrieval, Views
 from blip.models.blip_weights import PUBLISHED
@@ -70,9 +70,7 @@ class BlipPretrain(BlipRetrieval):
 
     def __init__(self, config: BlipPretrainConfig) -> None:
         super().__init__(config)
-        words = self.text.embedding_of("decode").word.num_embeddings
-        self.lm_head = LMHead(config.med.width, words, config.med.norm_eps)
-        init_bert(self.lm_head, config.med.init_std)
+        self.lm_head = self._lm_head()
 
     def forward(self, batch: dict[str, Any]) -> Output:
         batch = self.with_text(batch)
@@ -102,6 +100,6 @@ class BlipPretrain(BlipRetrieval):
         loss = caption_loss(hidden, decoder_labels(ids, mask), self.lm_head, words, batch, smoothing)
         return Output(loss_lm=loss)
 
-    def _load_bert(self, source: str) -> str:
-        load_bert(self.text.bert_parts("decode"), self.lm_head, source)
-        return super()._load_bert(source)
+    def bert_starts(self) -> list[tuple[BertParts, LMHead | None]]:
+        """The decoder with its head, and the encoder."""
+        return [(self.text.bert_parts("decode"), self.lm_head), *super().bert_starts()]

@@ -26,10 +26,9 @@ from blip.batch import Output
 from blip.layers.attention import ImageKeys
 from blip.layers.momentum import FeatureQueue, MomentumTwin
 from blip.losses import NegativeSampler, at_least_float32, similarity
-from blip.models.base import BlipModel
-from blip.models.bert_init import load_bert
+from blip.models.blip_base import BlipBase, ramp
 from blip.models.blip_config import MomentumConfig
-from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.contrast import (
     Contrasted,
     Features,
@@ -44,8 +43,7 @@ from blip.models.contrast import (
     online_similarities,
 )
 from blip.models.med import Med
-from blip.models.tokenizer import DEC, ENC
-from blip.models.vision import VisionTower, find_file
+from blip.models.vision import VisionTower
 from blip.registry import MODELS
 
 
@@ -79,7 +77,7 @@ class EveryonesFeatures(NamedTuple):
 
 
 @MODELS.register("blip_retrieval")
-class BlipRetrieval(BlipModel):
+class BlipRetrieval(BlipBase):
     """Tower, text encoder, projections, ITM head; momentum twin and queue.
 
     Shape:
@@ -102,21 +100,13 @@ class BlipRetrieval(BlipModel):
     }
     published: ClassVar = PUBLISHED["blip_retrieval"]
     starts: ClassVar = STARTS["blip_retrieval"]
-    sizes_of = classmethod(sizes_of_class)
-    adopt = adopted_by
-    added_tokens = (DEC, ENC)
     replaceable = ("twin.", "queue.")
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
 
     def __init__(self, config: MomentumConfig) -> None:
         super().__init__(config)
-        self.vision = VisionTower(config.tower())
-        vocab_size = config.vocab_size or self.word_pieces.vocab_size
         width = config.med.width
-        self.text = Med(
-            config.med, vocab_size, self.vision.width, config.dropout, getattr(config, "share", None)
-        )
         self.vision_proj = nn.Linear(self.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(width, config.embed_dim)
         self.itm_head = nn.Linear(width, 2)
@@ -125,7 +115,7 @@ class BlipRetrieval(BlipModel):
         self.twin = MomentumTwin(
             {
                 "vision": VisionTower(config.tower()),
-                "text": Med(config.med, vocab_size, None, config.dropout),
+                "text": self._med(None),
                 "vision_proj": nn.Linear(self.vision.width, config.embed_dim),
                 "text_proj": nn.Linear(width, config.embed_dim),
             },
@@ -133,6 +123,9 @@ class BlipRetrieval(BlipModel):
         )
         self.twin.copy_from(self)
         self.queue = FeatureQueue(config.queue_size, config.embed_dim)
+
+    def _text(self) -> Med:
+        return self._med(self.vision.width, share=getattr(self.config, "share", None))
 
     # The training step
 
@@ -208,12 +201,7 @@ class BlipRetrieval(BlipModel):
 
     def alpha(self, batch: dict[str, Any]) -> float:
         """Share of the twin's opinion at this step: a ramp over the first epochs."""
-        per_epoch = batch.get("num_iters_per_epoch")
-        ramp = self.config.alpha_ramp_epochs * (per_epoch or 0)
-        if not ramp:
-            return self.config.alpha
-        step = batch["step"] if "step" in batch else batch.get("epoch", 0) * per_epoch + batch.get("iters", 0)
-        return self.config.alpha * min(1.0, step / ramp)
+        return ramp(batch, self.config.alpha, self.config.alpha_ramp_epochs)
 
     def negatives(
         self, batch: dict[str, Any], views: Views, found: Contrasted, pool: Pool
@@ -293,16 +281,10 @@ class BlipRetrieval(BlipModel):
     # Weights
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:
-        """Load the tower from `vit_init_from` and the text transformer from `med.init_from`."""
-        report = self.vision.load_initial(data_root)
-        source = self.config.med.init_from
-        if source:
-            report.append(self._load_bert(str(find_file(source, data_root) or source)))
+        """Load tower and text transformer; the twin starts as their copy."""
+        report = super().load_parts(data_root)
         self.twin.copy_from(self)
         return report
-
-    def _load_bert(self, source: str) -> str:
-        return load_bert(self.text.bert_parts("encode"), None, source)
 
     def replace(self, names: Collection[str]) -> list[str]:
         """The twin starts as a copy where weights lack it; the queue starts with random features."""
@@ -313,7 +295,3 @@ class BlipRetrieval(BlipModel):
         if any(name.startswith("queue.") for name in names):
             lines.append("queue: starts with random features")
         return lines
-
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the text transformer's layers."""
-        return [*self.vision.blocks(), *self.text.blocks()]

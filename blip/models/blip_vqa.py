@@ -8,28 +8,24 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip.batch import Output
 from blip.errors import UsageError, hint
 from blip.layers.attention import ImageKeys, KeyValue
 from blip.layers.decoding import candidate_scores, shortlist
 from blip.layers.masks import causal_mask
-from blip.layers.text import LMHead, init_bert
+from blip.layers.text import LMHead
 from blip.losses import at_least_float32
-from blip.models.base import BlipModel
-from blip.models.bert_init import load_bert
+from blip.models.bert_init import BertParts
+from blip.models.blip_base import BlipBase
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, STARTS, adopted_by, sizes_of_class
+from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import decoding, write
-from blip.models.med import Med
 from blip.models.narrate import answer_loss, decoder_labels
-from blip.models.tokenizer import DEC, ENC
-from blip.models.vision import VisionTower, find_file
 from blip.registry import MODELS
 
 METHODS = ("rank", "generate")
@@ -69,7 +65,7 @@ class Begun(NamedTuple):
 
 
 @MODELS.register("blip_vqa")
-class BlipVqa(BlipModel):
+class BlipVqa(BlipBase):
     """A tower, a question encoder and an answer decoder, which share nothing.
 
     Shape:
@@ -91,18 +87,11 @@ class BlipVqa(BlipModel):
     }
     published: ClassVar = PUBLISHED["blip_vqa"]
     starts: ClassVar = STARTS["blip_vqa"]
-    sizes_of = classmethod(sizes_of_class)
-    adopt = adopted_by
-    added_tokens = (DEC, ENC)
 
     def __init__(self, config: BlipVqaConfig) -> None:
         super().__init__(config)
-        self.vision = VisionTower(config.tower())
-        vocab_size = config.vocab_size or self.word_pieces.vocab_size
-        self.text = Med(config.med, vocab_size, self.vision.width, config.dropout)
-        self.answer_decoder = Med(config.med, vocab_size, config.med.width, config.dropout)
-        self.lm_head = LMHead(config.med.width, vocab_size, config.med.norm_eps)
-        init_bert(self.lm_head, config.med.init_std)
+        self.answer_decoder = self._med(config.med.width)
+        self.lm_head = self._lm_head()
 
     # Training
 
@@ -287,18 +276,6 @@ class BlipVqa(BlipModel):
     def _logits(self, states: Tensor) -> Tensor:
         return self.lm_head(states, self.answer_decoder.embedding.word.weight)
 
-    # Weights
-
-    def blocks(self) -> list[nn.Module]:
-        """The tower's blocks and the layers of both text transformers."""
-        return [*self.vision.blocks(), *self.text.blocks(), *self.answer_decoder.blocks()]
-
-    def load_parts(self, data_root: str | Path | None = None) -> list[str]:
-        """Load the tower from `vit_init_from` and both text transformers from `med.init_from`."""
-        report = self.vision.load_initial(data_root)
-        source = self.config.med.init_from
-        if source:
-            place = str(find_file(source, data_root) or source)
-            report.append(load_bert(self.text.bert_parts("encode"), None, place))
-            report.append(load_bert(self.answer_decoder.bert_parts("decode"), self.lm_head, place))
-        return report
+    def bert_starts(self) -> list[tuple[BertParts, LMHead | None]]:
+        """Both text transformers, and the decoder's head."""
+        return [*super().bert_starts(), (self.answer_decoder.bert_parts("decode"), self.lm_head)]

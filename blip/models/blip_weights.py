@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip.config.schema import ModelConfig
 from blip.layers.momentum import FeatureQueue
-from blip.models.base import Adopted, BlipModel, Sizes
+from blip.models.base import Adopted, Sizes
 from blip.models.blip2_weights import stage1_sizes
 from blip.models.blip_config import TOWERS
 from blip.models.med import DECODER_HAS, MedConfig
@@ -162,16 +162,6 @@ def adopt(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Adopte
                 taken[name] = tensors[name]
     kept = [name for name in wanted if name not in taken and _may_stay(name, wanted, taken)]
     return Adopted(taken, left_out, kept)
-
-
-def adopted_by(model: BlipModel, tensors: dict[str, Tensor]) -> Adopted:
-    """`adopt` as a method of BLIP's models."""
-    return adopt(tensors, model.state_dict())
-
-
-def sizes_of_class(cls: type[BlipModel], tensors: Mapping[str, Tensor]) -> Sizes:
-    """`blip_sizes` as a class method of BLIP's models."""
-    return blip_sizes(tensors, cls.config_class)
 
 
 def _is_decoder(names: Mapping[str, Tensor]) -> bool:

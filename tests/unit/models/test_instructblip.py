@@ -217,7 +217,7 @@ def test_the_text_side_starts_from_a_bert_where_stage_2_has_none(
     save_safetensors(source, tmp_path / "stage2.safetensors")
     read: list[str] = []
 
-    def load(parts: Any, head: Any, name: str) -> str:
+    def load(parts: Any, head: Any, name: str, data_root: Any) -> str:
         read.append(name)
         for attention, feed_forward in parts.layers:
             for parameter in (*attention.parameters(), *feed_forward.parameters()):
