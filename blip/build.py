@@ -390,7 +390,8 @@ def _check_monitor(config: Config, task: Any, datasets: dict[str, Any]) -> None:
     scores = {name: task.scores(data) for name, data in datasets.items()}
     several = len(scores) > 1
     known = [f"{name}/{score}" if several else score for name, own in scores.items() for score in own]
-    if monitor not in known:
+    open_ended = tuple(score.removesuffix("*") for score in known if score.endswith("*"))
+    if monitor not in known and not (open_ended and monitor.startswith(open_ended)):
         where = f" on {' and '.join(scores)}" if any(data is not None for data in datasets.values()) else ""
         text = hint(monitor, known) if known else "; there is nothing to compare with"
         raise ConfigError(f"run.monitor: the evaluation{where} gives no {monitor!r}{text}")

@@ -78,7 +78,8 @@ class Task:
     def scores(self, data: Any = None) -> list[str]:
         """Names of the metrics that an evaluation on `data` gives; without it, all that there may be.
 
-        Without `data`, empty means that only the evaluation can tell.
+        Without `data`, a name may end in `*` for what only the data can tell, such as types of questions.
+        Empty means that nothing is measured.
         """
         return []
 

@@ -69,6 +69,15 @@ class MultimodalClassification(Task):
     monitor: ClassVar[str] = "acc"
     data_kind: ClassVar[str] = "classification"
 
+    def scores(self, data: LabelData | None = None) -> list[str]:
+        """The accuracy, and those of classes and kinds of texts."""
+        if data is None:
+            return ["acc", "type_*", *(["class_*"] if self.config.per_class else [])]
+        own = AnswerScores()
+        for index in range(len(data)):
+            own.add(0.0, *self._groups(data, index))
+        return list(_means(own))
+
     def evaluate(self, model: Any, data: LabelData, context: EvalContext) -> Evaluation:
         """The class of every sample of this rank's share."""
         predictions: list[Prediction] = []
@@ -87,14 +96,20 @@ class MultimodalClassification(Task):
         return Evaluation(predictions, lambda: self._metrics(data, predictions))
 
     def _metrics(self, data: LabelData, predictions: list[Prediction]) -> dict[str, float]:
-        kind = getattr(data, "sentence_type", None)
         own = AnswerScores()
         for prediction in predictions:
-            index = prediction["index"]
-            name = prediction["truth"] if self.config.per_class else None
-            own.add(float(prediction["right"]), kind(index) if kind is not None else None, name)
-        rows = [row for part in dist.gather_objects(own.rows) for row in part]
-        return AnswerScores(rows).means("acc", answers="class", questions="type")
+            own.add(float(prediction["right"]), *self._groups(data, prediction["index"]))
+        return _means(AnswerScores([row for part in dist.gather_objects(own.rows) for row in part]))
+
+    def _groups(self, data: LabelData, index: int) -> tuple[str | None, str | None]:
+        """The kind of a sample's text and its class, as far as they have accuracies of their own."""
+        kind = getattr(data, "sentence_type", None)
+        name = data.classes[data.label(index)] if self.config.per_class else None
+        return kind(index) if kind is not None else None, name
+
+
+def _means(own: AnswerScores) -> dict[str, float]:
+    return own.means("acc", answers="class", questions="type")
 
 
 def _prediction(data: LabelData, index: int, found: int, score: float) -> Prediction:

@@ -13,7 +13,7 @@ from blip import dist
 from blip.batch import Batch, EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
-from blip.metrics.caption import caption_scores
+from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names
 from blip.metrics.vqa import AnswerScores, exact_match, vqa_accuracy
 from blip.registry import TASKS
 from blip.tasks.base import Evaluation, Prediction, Task, on_main
@@ -143,6 +143,23 @@ class InstructTuning(Task):
             f"run.inference_method: rank needs candidates, and datasets.{data.name} has none; give it"
             " choices, an answer_list or a train split, or use run.inference_method=generate"
         )
+
+    def scores(self, data: InstructionData | None = None) -> list[str]:
+        """The accuracy, that of each type, and what is measured of rankings and of captions.
+
+        `MRR` is there only if the model tells an order, too.
+        """
+        in_words = score_names(JAVA_SCORES)
+        if data is None:
+            return ["acc", "type_*", "MRR", *in_words]
+        own, ranked = AnswerScores(), False
+        for index in range(len(data)):
+            if truths := data.references(index):
+                own.add(0.0, data.task_type(index))
+                listed = [] if ranked else self.candidates(data, index)
+                ranked = ranked or (len(listed) > 2 and truths[0] in listed)
+        found = list(own.means("acc", questions="type")) + (["MRR"] if ranked else [])
+        return found + (in_words if data.in_words and own.rows else [])
 
     def evaluate(self, model: Any, data: InstructionData, context: EvalContext) -> Evaluation:
         """What the model makes of every instruction of this rank's share."""

@@ -140,6 +140,16 @@ class VisualQuestionAnswering(Task):
                 " it one, or use run.inference_method=generate"
             )
 
+    def scores(self, data: QuestionData | None = None) -> list[str]:
+        """The accuracy, and that of each type of question and answer."""
+        if data is None:
+            return [self.monitor, "answer_type_*", "question_type_*"]
+        own = AnswerScores()
+        for index in range(len(data)):
+            if data.answers(index):
+                own.add(0.0, data.question_type(index), data.answer_type(index))
+        return list(own.means(self.monitor))
+
     def evaluate(self, model: Any, data: QuestionData, context: EvalContext) -> Evaluation:
         """What the model answers to every question of this rank's share."""
         self.check_data(data)
@@ -228,6 +238,13 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
     def accuracy(self, answer: str, truths: Sequence[str]) -> float:
         """min(1, n / 3) for n equal reference answers, as they are written."""
         return direct_accuracy(answer, truths)
+
+    def scores(self, data: QuestionData | None = None) -> list[str]:
+        """Those of direct answers, and that of choices where some are known to be right."""
+        chosen = data is None or any(
+            data.choices(index) and data.correct_choice(index) is not None for index in range(len(data))
+        )
+        return super().scores(data) + (["mc_acc"] if chosen else [])
 
     def choose(self, model: Any, data: QuestionData, samples: dict[str, Any]) -> list[str | None]:
         """The most likely of each question's choices."""

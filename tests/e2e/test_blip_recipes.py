@@ -83,6 +83,63 @@ def test_the_same_scores_come_from_evaluating_the_run(
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "task", "monitor", "reason"),
+    [
+        ("vqa", "vqa", "overal", "the evaluation gives no 'overal'; did you mean 'overall'?"),
+        (
+            "vqa",
+            "vqa",
+            "acc",
+            "the evaluation gives no 'acc'; choose from answer_type_*, overall, question_t",
+        ),
+        ("vqa", "gqa", "overall", "the evaluation gives no 'overall'; choose from acc, answer_type_*"),
+        ("vqa", "aok_vqa", "mc_ac", "the evaluation gives no 'mc_ac'; did you mean 'mc_acc'?"),
+        ("vqa", "aok_vqa", "mc_acc", "the evaluation on scenes_vqa gives no 'mc_acc'"),
+        (
+            "vqa",
+            "vqa",
+            "question_type_colour",
+            "the evaluation on scenes_vqa gives no 'question_type_colour'; did you mean 'question_type_color'",
+        ),
+        (
+            "nlvr",
+            "multimodal_classification",
+            "overall",
+            "the evaluation gives no 'overall'; choose from acc, ty",
+        ),
+        (
+            "nlvr",
+            "multimodal_classification",
+            "type_colour",
+            "the evaluation on scenes_nlvr gives no 'type_colour'; did you mean 'type_",
+        ),
+    ],
+)
+def test_a_score_that_there_is_not_is_refused_before_training(
+    commands: Commands, data_root: Path, tmp_path: Path, name: str, task: str, monitor: str, reason: str
+) -> None:
+    small = options(f"scenes_{name}", data_root, tmp_path / "run")
+    decide = ["run.valid_splits=[val]", "run.test_splits=[]", f"run.task={task}", f"run.monitor={monitor}"]
+    start = ["--cfg", f"tiny/blip_{name}.yaml", *small, f"model.med={{{MED}}}", "model.init_from=null"]
+    ended = commands(*start, *decide)
+    assert f"run.monitor: {reason}" in ended.refusal()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "monitor"), [("vqa", "question_type_count"), ("nlvr", "acc")])
+def test_a_score_of_a_type_decides_the_best_checkpoint(
+    commands: Commands, data_root: Path, tmp_path: Path, name: str, monitor: str
+) -> None:
+    small = options(f"scenes_{name}", data_root, tmp_path / "run")
+    decide = ["run.valid_splits=[val]", "run.test_splits=[]", f"run.monitor={monitor}"]
+    start = ["--cfg", f"tiny/blip_{name}.yaml", *small, f"model.med={{{MED}}}", "model.init_from=null"]
+    ended = commands(*start, *decide)
+    assert ended.code == 0, ended.output
+    assert monitor in lines(tmp_path / "run")[-1]
+    assert (tmp_path / "run" / "checkpoints" / "best").exists()
+
+
 def test_a_metric_that_the_data_cannot_give_is_refused_before_training(
     commands: Commands, data_root: Path, tmp_path: Path
 ) -> None:

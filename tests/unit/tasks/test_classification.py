@@ -57,6 +57,17 @@ def test_classes_and_kinds_of_texts_have_their_own() -> None:
     )
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("data", [Pairs(5), Typed(5)])
+def test_scores_are_known_before_an_evaluation(data: Pairs, per_class: bool) -> None:
+    judging = task(per_class=per_class)
+    found = judging.evaluate(Judge(), data, CONTEXT).metrics()
+    assert judging.scores(data) == list(found)
+    maybe = tuple(score.removesuffix("*") for score in judging.scores())
+    assert all(score.startswith(maybe) for score in found)
+    assert ("class_*" in judging.scores()) == per_class
+
+
 def test_predictions_name_the_classes() -> None:
     predictions = task().evaluate(Judge(), Pairs(5), CONTEXT).predictions
     assert predictions[2] == {

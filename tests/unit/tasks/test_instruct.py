@@ -136,6 +136,22 @@ def test_choices_are_ranked_and_the_rest_is_written() -> None:
     ]
 
 
+@pytest.mark.parametrize("in_words", [False, True])
+@pytest.mark.parametrize("method", ["auto", "generate", "rank"])
+def test_scores_are_known_before_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch, method: str, in_words: bool
+) -> None:
+    monkeypatch.setattr(Told, "references", lambda self, index: [] if index == 1 else ["green"])
+    data, tuning = Told(5), task(inference_method=method)
+    data.in_words = in_words
+    found = tuning.evaluate(Ranker(), data, CONTEXT).metrics()
+    assert tuning.scores(data) == list(found)
+    assert "type_name" not in found  # what is secret has no score
+    assert ("MRR" in found, "CIDEr" in found) == (method == "rank", in_words)
+    maybe = tuple(score.removesuffix("*") for score in tuning.scores())
+    assert all(score.startswith(maybe) for score in found)
+
+
 @pytest.mark.parametrize(
     ("method", "more", "ranked"),
     [

@@ -244,6 +244,24 @@ def test_the_metric_that_decides_has_the_tasks_name() -> None:
         assert issubclass(TASKS.get(name), VisualQuestionAnswering)
 
 
+@pytest.mark.parametrize("name", ["vqa", "gqa", "aok_vqa"])
+def test_scores_are_known_before_an_evaluation(name: str) -> None:
+    found = task(name).evaluate(Answerer(), Questions(5), CONTEXT).metrics()
+    assert task(name).scores(Questions(5)) == list(found)
+    assert ("mc_acc" in found) == (name == "aok_vqa")
+    some = task(name).scores(Questions(1))
+    assert some == list(task(name).evaluate(Answerer(), Questions(1), CONTEXT).metrics())
+    assert len(some) < len(found)
+    maybe = [score.removesuffix("*") for score in task(name).scores()]
+    assert all(score.startswith(tuple(maybe)) for score in found)
+
+
+def test_of_secret_answers_there_is_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Questions, "answers", lambda self, index: [])
+    monkeypatch.setattr(Questions, "correct_choice", lambda self, index: None)
+    assert task("vqa").scores(Questions(5)) == task("aok_vqa").scores(Questions(5)) == []
+
+
 @pytest.mark.parametrize("run", [{"min_len": 11}, {"num_ans_candidates": 0}, {"max_len": 0}])
 def test_settings_without_meaning_are_refused(run: dict[str, Any]) -> None:
     with pytest.raises(SectionError, match=next(iter(run))):
