@@ -189,5 +189,5 @@ def to_model(arch: str, model: Any) -> Any:
     theirs = fitting.build(config, model)
     state: Mapping[str, Tensor] = hf.table(arch).to_theirs(model.state_dict()).state
     untie(theirs, state)
-    theirs.load_state_dict(dict(state))
+    theirs.load_state_dict(hf_llm.with_image_row(theirs, state))
     return theirs.eval()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blip.errors import UsageError
 from blip.formats.hf_blip import BERT, VIT, check_fixed, check_stem
@@ -18,6 +20,8 @@ _FIXED = {
 }
 _OPT_NEWLINE = 50118
 """What ends a text of OPT in BLIP-2, in transformers by its number."""
+_ROWS_AT_A_TIME = 64
+"""transformers' own conversion of InstructBLIP adds rows of words by that many."""
 _NOT_SIZES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 """Keys that configurations take without listing them."""
@@ -163,13 +167,41 @@ def _text_config(config: Any, llm: Any) -> Any:
     if llm.tokenizer.lead:
         text.bos_token_id = llm.tokenizer.lead[0]
     text.pad_token_id = llm.tokenizer.pad_id
+    if llm.tokenizer.vocab_size >= _rows(llm):  # Vicuna: every row has a word; one more, by 64 at a time
+        text.vocab_size = (_rows(llm) // _ROWS_AT_A_TIME + 1) * _ROWS_AT_A_TIME
     if llm.is_encoder_decoder:
         text.decoder_start_token_id = llm.start_id
     return text
 
 
 def _image_token(llm: Any) -> int:
-    """What stands for a soft token in transformers' ids: the first row without a word, else the padding."""
-    rows = llm.model.get_input_embeddings().weight.shape[0]
-    words = llm.tokenizer.vocab_size
-    return words if words < rows else llm.tokenizer.pad_id
+    """What stands for a soft token in transformers' ids: the first row without a word, or else a new one.
+
+    Never the padding: padded texts would then have more soft tokens than there are.
+    """
+    return min(llm.tokenizer.vocab_size, _rows(llm))
+
+
+def _rows(llm: Any) -> int:
+    return int(llm.model.get_input_embeddings().weight.shape[0])
+
+
+def with_image_row(theirs: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with the rows that `theirs` has more than words, for its image token.
+
+    Each is a copy of the padding's, so it is never the likeliest word.
+
+    Args:
+        theirs: the model that the weights are for.
+        state: weights in its layout.
+    """
+    found = dict(state)
+    text = getattr(theirs.config, "text_config", None)
+    if text is None:
+        return found
+    for name, wanted in theirs.state_dict().items():
+        tensor = found.get(name)
+        if tensor is not None and tensor.shape[:1] < wanted.shape[:1] == (text.vocab_size,):
+            row = tensor[text.pad_token_id]
+            found[name] = torch.cat([tensor, row.expand(len(wanted) - len(tensor), *row.shape)])
+    return found

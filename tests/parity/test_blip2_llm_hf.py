@@ -321,6 +321,28 @@ def test_what_transformers_gets_of_a_model_is_that_model(case: tuple[str, Any, A
         assert torch.equal(back(**inputs).loss, theirs(**inputs).loss)
 
 
+def test_the_image_token_gets_a_row_where_every_row_has_a_word(
+    case: tuple[str, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, theirs, ours = case
+    rows = theirs.get_input_embeddings().weight.shape[0]
+    monkeypatch.setattr(ours.llm.tokenizer, "vocab_size", rows)  # as Vicuna's, whose last word is the padding
+    exported = blip.to_hf(ours)
+    token = exported.config.image_token_index
+    weight = exported.get_input_embeddings().weight
+    assert (token, len(weight) % 64, len(weight) > token) == (rows, 0, True)
+    assert exported.config.text_config.vocab_size == len(weight)
+    torch.testing.assert_close(weight[:rows], theirs.get_input_embeddings().weight, rtol=0, atol=0)
+    batch = ours.prepare({"image": images(), **texts("instructions")})
+    # Padded rows of different length: an image token equal to the padding would be miscounted.
+    with torch.no_grad():
+        expected = theirs(**their_inputs(theirs, batch)).logits
+        found = exported(**their_inputs(exported, batch)).logits
+    torch.testing.assert_close(found[..., :rows], expected, rtol=0, atol=1e-6)
+    padding = found[..., ours.llm.tokenizer.pad_id, None]
+    torch.testing.assert_close(found[..., rows:], padding.expand_as(found[..., rows:]), rtol=0, atol=1e-6)
+
+
 def test_our_model_of_their_weights_is_saved_and_comes_back(
     case: tuple[str, Any, Any], tmp_path: Path
 ) -> None:
