@@ -100,7 +100,7 @@ def test_the_same_scores_come_from_evaluating_the_run(
             "vqa",
             "vqa",
             "question_type_colour",
-            "the evaluation on scenes_vqa gives no 'question_type_colour'; did you mean 'question_type_color'",
+            "the evaluation on scenes_vqa gives no 'question_type_colour'; did you mean 'question_type_c",
         ),
         (
             "nlvr",
