@@ -4,7 +4,8 @@
 #
 #   bash run_scripts/blip2_two_stage.sh [--output FOLDER] [--data FOLDER] [--llm decoder|encoder-decoder] [key=value ...]
 #
-# Stopped or failed, the same line goes on where it was; what is finished is kept. key=value goes to both stages.
+# Stopped or failed, the same line goes on where it was; what is finished is kept. key=value goes to both stages,
+# model.*=... to the answers as well.
 #
 # BLIP_OUTPUT: the runs' folder (output/blip2-tiny). BLIP_DATA: where pictures and language models go (data).
 # BLIP_OPTIONS: more key=value, with blanks between them. BLIP_SCENES: options of `blip data make scenes`.
@@ -29,8 +30,9 @@ blip_stage "$recipe" "tiny/$recipe.yaml" "$output/stage2-$llm" model.init_from="
 answers=$output/vqa-$llm
 if [ ! -f "$answers/report.html" ]; then
   echo "== vqa_zeroshot_eval"
+  mapfile -t built < <(blip_model_options)
   "$python" -m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml model.init_from="$output/stage2-$llm" \
-    model.llm_model="llm/scenes-$llm" run.output_dir="$answers" run.overwrite=true
+    model.llm_model="llm/scenes-$llm" ${built[@]+"${built[@]}"} run.output_dir="$answers" run.overwrite=true
 fi
 
 "$python" - "$output/stage2-$llm" "$answers" <<'PY'

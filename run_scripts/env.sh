@@ -136,6 +136,14 @@ blip_same_options() {
   fi
 }
 
+# The key=value that concern what is built, which evaluating and writing features have to know as well.
+blip_model_options() {
+  local option
+  for option in ${options[@]+"${options[@]}"}; do
+    [[ $option != model.* ]] || printf '%s\n' "$option"
+  done
+}
+
 # blip_stage NAME RECIPE FOLDER [key=value ...]: train by configs/RECIPE, which ends with the scores of the test pictures;
 # stopped before, it goes on there, and finished before, it is left alone.
 blip_stage() {
