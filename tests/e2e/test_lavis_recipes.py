@@ -1,22 +1,20 @@
-"""LAVIS's own recipes of BLIP: accepted as they are, with the meaning they have there.
+"""LAVIS's own recipes of BLIP have the meaning here that they have there.
 
-The files are fixtures. `MEANING` has the facts in our terms, from LAVIS's code and model configurations.
+The files are fixtures; `test_lavis_files` has what else is asked of them. `MEANING` has the facts in our
+terms, from LAVIS's code and model configurations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from blip.build import start_of
-from blip.config.files import plain, read_yaml
+from blip.config.files import plain
 from blip.config.load import load_config
 from blip.data.catalog import names, row
-from blip.evaluate import main as evaluate
-from blip.train import main as train
 from tests.e2e.runs import ROOT
 
 FOLDER = ROOT / "tests" / "unit" / "config" / "fixtures" / "lavis" / "blip"
@@ -215,32 +213,6 @@ def test_a_file_of_lavis_means_here_what_it_means_there(name: str) -> None:
         assert set(wanted) & row(data).splits.keys()
 
 
-@pytest.mark.parametrize("name", MEANING)
-def test_every_key_of_a_file_acts_here_or_is_reported(name: str) -> None:
-    path = FOLDER / f"{name}.yaml"
-    config = load_config(str(path), known_datasets=names())
-    noted = {note.split(": ")[1] for note in config.notes}
-    tree = plain(config)
-    for key, value in _leaves(read_yaml(path, path.name)):
-        if key not in noted and key not in ("run.amp", "run.resume_ckpt_path"):  # by other names
-            assert _at(tree, key) == value, key
-    assert noted <= dict(_leaves(read_yaml(path, path.name))).keys() | {"run.amp"}
-
-
-@pytest.mark.parametrize("name", MEANING)
-def test_commands_print_a_file_of_lavis_and_say_what_is_missing(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = evaluate if name.startswith("eval/") else train
-    path = str(FOLDER / f"{name}.yaml")
-    assert command(["--cfg-path", path, "--print-config"]) == 0
-    assert "datasets:" in capsys.readouterr().out
-    assert command(["--cfg-path", path, "--options", "run.data_root=empty"]) == 2
-    message = capsys.readouterr().err
-    assert "no file" in message
-    assert f"blip data prepare {next(iter(MEANING[name]['datasets']))}" in message
-
-
 BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 STAGE1 = FOLDER.parent / "pretrain_stage1.yaml"
 
@@ -289,18 +261,3 @@ def test_our_recipe_of_the_same_name_is_lavis_s(name: str) -> None:
     if name.startswith("eval/"):
         assert start_of(ours) == start_of(theirs)
     assert sorted(ours.datasets) == sorted(theirs.datasets)
-
-
-def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{above}{key}.")
-        else:
-            yield above + key, value
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    found: Any = tree
-    for part in key.split("."):
-        found = found[part]
-    return found
