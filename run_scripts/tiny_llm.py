@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -164,8 +165,12 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
             print(f"{folder.name}: step {step + 1}/{steps}, loss {float(loss.detach()):.3f}", flush=True)
     model.eval()
     right = accuracy(model, tokenizer, scenes(root, "val"), rng)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    partial = folder.with_name(folder.name + ".partial")  # what a stop leaves is never taken for the whole
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     print(f"{folder}: {right:.1f} % of answers about descriptions, {time.perf_counter() - started:.0f} s")
 
 
@@ -183,7 +188,7 @@ def main() -> int:
     for kind, name in (("causal", "scenes-decoder"), ("seq2seq", "scenes-encoder-decoder")):
         folder = root / "llm" / name
         if (folder / "model.safetensors").is_file():
-            print(f"{folder}: there already")
+            print(f"{folder}: there already; remove the folder to train it again")
         else:
             pretrain(kind, root, folder, args.steps)
     return 0
