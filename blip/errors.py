@@ -54,3 +54,9 @@ def hint(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(names)}" if names else ""
+
+
+def brief(error: Exception, most: int = 200) -> str:
+    """The message of somebody else's error on one line, without what is beyond `most` letters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + " ..."

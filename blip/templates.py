@@ -79,6 +79,11 @@ OF_KIND = {"caption": "caption", "vqa": "vqa", "classification": "sentence"}
 MAIN = {"vqa": "question", "classification": "sentence"}
 """Kind of records -> what the place `{}` stands for."""
 
+HISTORY = "dialog history: {}\n"
+"""Earlier turns, in front of a message (LAVIS)."""
+WORDS_READ = 30
+"""Words read in a picture that an instruction shows at most (InstructBLIP in LAVIS)."""
+
 
 def resolve(given: str | Sequence[str]) -> list[str]:
     """The templates that names of lists and templates stand for, in order."""
@@ -141,3 +146,14 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 def lettered(choices: Sequence[str]) -> str:
     """Choices as InstructBLIP shows them: `(a) red (b) blue`."""
     return " ".join(f"({chr(ord('a') + number)}) {choice}" for number, choice in enumerate(choices))
+
+
+def words_read(words: Sequence[str]) -> str:
+    """The first words that were read in a picture, with commas between them."""
+    return ", ".join(words[:WORDS_READ])
+
+
+def dialog(message: str, turns: Sequence[tuple[str, str]]) -> str:
+    """A message behind the turns, (message, reply), that went before."""
+    said = "\n".join(f"User: {said}\nAssistant: {reply}" for said, reply in turns)
+    return HISTORY.format(said) + message if said else message

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from blip import atomic
-from blip.errors import CheckpointError
+from blip.errors import CheckpointError, brief
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_ENDING = ".index.json"
@@ -268,7 +268,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         content = json.loads(index.read_text(encoding="utf-8"))
         places = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"'{index}' is no index of weight files: {_brief(error)}") from error
+        raise CheckpointError(f"'{index}' is no index of weight files: {brief(error)}") from error
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         # The index may come from anywhere; it must not lead out of its folder.
@@ -324,7 +324,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         RecursionError,
     ) as error:
         raise CheckpointError(
-            f"'{path}' is damaged or no safetensors file: {_brief(error)}; use another"
+            f"'{path}' is damaged or no safetensors file: {brief(error)}; use another"
         ) from error
     return tensors
 
@@ -342,7 +342,7 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
                 " where you trust the file, save its state dict alone"
             ) from error
         # What torch says of `weights_only` advises what is never done here.
-        reason = "" if "weights_only" in text else f": {_brief(error)}"
+        reason = "" if "weights_only" in text else f": {brief(error)}"
         raise CheckpointError(f"'{path}' is damaged or no weight file{reason}; use another") from error
     tensors = _named_tensors(content)
     if not tensors:
@@ -367,8 +367,3 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
     if tensors and all(name.startswith("module.") for name in tensors):
         return {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:160] + " ..."

@@ -13,16 +13,12 @@ from blip.data.kinds import SENTENCE, answers_of, choices_of, correct_choice_of,
 from blip.data.records import ById
 from blip.data.samples import BadRecord, Sample, SampleMaker, sound
 from blip.errors import ConfigError
-from blip.templates import MAIN, OF_KIND, fill, lettered, named, places, resolve
+from blip.templates import MAIN, OF_KIND, dialog, fill, lettered, named, places, resolve, words_read
 
 T = TypeVar("T")
 
-MOST_WORDS_READ = 30
-"""Words read in a picture that an instruction shows (InstructBLIP in LAVIS)."""
 IMAGE_MARK = "<image>"
 """Where LLaVA's messages have the picture."""
-DIALOG = "[dialog history: {history}\n]{question}"
-"""A message behind those that went before, as chats put it."""
 
 PLACES = {
     "caption": ("ocr", "context"),
@@ -123,9 +119,7 @@ class InstructMaker(SampleMaker):
         turns = _turns(record, name)
         which = 0 if rng is None else int(rng.integers(len(turns)))
         message = self.cleaned(turns[which][0], name)
-        before = "\n".join(f"User: {said}\nAssistant: {reply}" for said, reply in turns[:which])
-        said = fill(DIALOG, {"history": before, "question": message})
-        return said, self.cleaned(turns[which][1], name, what="output")
+        return dialog(message, turns[:which]), self.cleaned(turns[which][1], name, what="output")
 
     def _made(self, record: Mapping[str, Any], name: str, rng: Generator | None) -> tuple[str, str | None]:
         """A template, filled, and the output that it asks for."""
@@ -186,7 +180,7 @@ class InstructMaker(SampleMaker):
             known = next((row for key in keys if key is not None and (row := self.ocr.get(key))), {})
             found = known.get("ocr_tokens")
         words = found.split() if isinstance(found, str) else found if isinstance(found, list) else []
-        return ", ".join(str(word) for word in words[:MOST_WORDS_READ])
+        return words_read([str(word) for word in words])
 
 
 def _turns(record: Mapping[str, Any], name: str) -> list[tuple[str, str]]:

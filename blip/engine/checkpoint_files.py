@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from blip import atomic
-from blip.errors import CheckpointError
+from blip.errors import CheckpointError, brief
 from blip.weights import CHECKPOINT_FOLDER, pointed
 
 log = logging.getLogger(__name__)
@@ -236,4 +236,4 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign pickle may raise anything
-        raise CheckpointError(f"'{path}' cannot be read: {' '.join(str(error).split())[:160]}") from error
+        raise CheckpointError(f"'{path}' cannot be read: {brief(error)}") from error

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from blip.errors import ConfigError
+from blip.errors import ConfigError, brief
 
 
 class Mirror(Protocol):
@@ -79,8 +79,7 @@ class WeightsAndBiases:
                 project=project, id=identity, resume="allow", name=name, dir=str(folder), config=config
             )
         except Exception as error:  # network, login and version errors are of many kinds
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"run.wandb: Weights & Biases cannot start: {reason}") from error
+            raise ConfigError(f"run.wandb: Weights & Biases cannot start: {brief(error)}") from error
 
     def put(self, line: Mapping[str, Any]) -> None:
         """Log the scalars of one line, named `split/figure`."""

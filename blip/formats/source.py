@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from blip.config.files import read_yaml
-from blip.errors import CheckpointError
+from blip.errors import CheckpointError, brief
 from blip.formats import hf, lavis
 from blip.formats.hf_config import read_folder
 from blip.formats.rules import Omit, Table
@@ -161,10 +161,9 @@ def _snapshot(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, *PICKLES]))
     except Exception as error:  # the hub client raises errors of many packages
-        reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"'{name}' is no file or folder here, and the Hugging Face hub gave no such repository"
-            f" ({type(error).__name__}: {reason}); correct the path or id, or give the path of a copy"
+            f" ({type(error).__name__}: {brief(error)}); correct the path or id, or give the path of a copy"
         ) from error
     return folder
 

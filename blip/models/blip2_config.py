@@ -86,12 +86,7 @@ class Blip2Config(ModelConfig):
         return [f"max_txt_len: {self.max_txt_len} exceeds qformer.max_positions, which is {most}"]
 
     def _tower_problems(self) -> list[str]:
-        plain = VisionConfig()
-        found = [
-            f"vit.{key}: has no effect here, since model.{ours} decides; set that one"
-            for key, ours in BESIDE.items()
-            if getattr(self.vit, key) != getattr(plain, key)
-        ]
+        found = self.vit.overruled(BESIDE, VisionConfig())
         if self.vit_precision not in ("fp32", "fp16", "bf16"):
             found.append(
                 f"vit_precision: {self.vit_precision!r} is no precision; choose from bf16, fp16, fp32"
@@ -100,16 +95,10 @@ class Blip2Config(ModelConfig):
 
     def tower(self) -> VisionConfig:
         """The tower's own section, with the switches that stand beside it."""
-        return replace(
-            self.vit,
-            vit_model=self.vit_model,
-            image_size=self.image_size,
-            drop_path_rate=self.drop_path_rate,
-            precision=self.vit_precision if self.freeze_vit else "fp32",
-            freeze=self.freeze_vit,
-            train_steps=self.vit_train_steps,
-            init_from=self.vit_init_from,
-        )
+        values = {key: getattr(self, ours) for key, ours in BESIDE.items()}
+        if not self.freeze_vit:
+            values["precision"] = "fp32"
+        return replace(self.vit, **values)
 
     def recompute(self) -> tuple[RecomputeMode, int | None]:
         """The tower's way, or torch's if `use_grad_checkpoint` asks for it; and the last how many blocks."""

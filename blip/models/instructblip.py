@@ -17,6 +17,7 @@ from blip.models import prompts as ask
 from blip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, VICUNA_7B, VICUNA_13B
 from blip.registry import MODELS
+from blip.templates import dialog
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/InstructBLIP/"
 # What LAVIS's InstructBLIP starts from, beside the language model, where no weights of the whole are given.
@@ -96,8 +97,7 @@ class Blip2LlmInstruct(Blip2Llm):
 
     def dialog(self, message: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """A conversation as one prompt: what was said is put in front as of ranking, the first turn bare."""
-        said = "\n".join(ask.filled("User: {}\nAssistant: {}", turn) for turn in history)
-        return ask.PREFIXES["history"].format(said) + message if said else message
+        return dialog(message, history)
 
 
 @MODELS.register("blip2_t5_instruct")

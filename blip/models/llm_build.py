@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip.errors import CheckpointError, ConfigError, hint
+from blip.errors import CheckpointError, ConfigError, brief, hint
 from blip.models.llm_config import DTYPES, LLMConfig, LoraConfig
 from blip.models.llm_tokenizer import Kind, LlmTokenizer, locate
 from blip.weights import some
@@ -50,7 +50,7 @@ def read_config(llm_model: str | None, config: LLMConfig, data_root: str | Path 
         except Exception as error:  # the hub client raises errors of many packages
             raise ConfigError(
                 f"model.llm_model: no language model {llm_model!r} on disk (as given or below the data root),"
-                f" in the Hugging Face cache or on its hub ({_brief(error)}); give a folder with its"
+                f" in the Hugging Face cache or on its hub ({brief(error)}); give a folder with its"
                 " config.json and weights, or sizes in model.llm.sizes"
             ) from error
         if sizes:
@@ -80,7 +80,7 @@ def _with_sizes(base: dict[str, Any], sizes: dict[str, Any], cls: Any) -> Any:
     try:
         return cls(**base, **sizes)
     except Exception as error:  # each class checks in its own way
-        raise ConfigError(f"model.llm.sizes: {cls.model_type} cannot have these: {_brief(error)}") from error
+        raise ConfigError(f"model.llm.sizes: {cls.model_type} cannot have these: {brief(error)}") from error
 
 
 def _set_activation(hf_config: Any, name: str) -> None:
@@ -137,7 +137,7 @@ def random_model(hf_config: Any, dtype: torch.dtype) -> Any:
         return _auto_class(hf_config).from_config(hf_config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # each class checks in its own way
         raise ConfigError(
-            f"model.llm: transformers cannot build a {hf_config.model_type} that writes: {_brief(error)};"
+            f"model.llm: transformers cannot build a {hf_config.model_type} that writes: {brief(error)};"
             " give sizes that fit each other, of a causal or an encoder-decoder language model"
         ) from error
 
@@ -175,7 +175,7 @@ def pretrained_model(source: str, config: LLMConfig, data_root: str | Path | Non
         )
     except Exception as error:  # the hub client and the quantisers raise errors of many packages
         raise CheckpointError(
-            f"model.llm_model: no weights could be read from {source!r} ({_brief(error)}); give a folder with"
+            f"model.llm_model: no weights could be read from {source!r} ({brief(error)}); give a folder with"
             " safetensors of this model, or a Hugging Face name that can be reached"
         ) from error
     if info["missing_keys"]:
@@ -292,7 +292,7 @@ def add_lora(model: Any, config: LoraConfig) -> dict[str, nn.Parameter]:
     except ValueError as error:
         linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         raise ConfigError(
-            f"model.llm.lora.targets: {_brief(error)}; this model's linear layers are called"
+            f"model.llm.lora.targets: {brief(error)}; this model's linear layers are called"
             f" {', '.join(sorted(linear))}"
         ) from error
     for name, part in model.named_modules():
@@ -312,8 +312,3 @@ def _auto_class(hf_config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if hf_config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from blip.errors import ConfigError, DataError
+from blip.errors import ConfigError, DataError, brief
 from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, UNK
 from blip.models.vision import find_file
 
@@ -332,11 +332,10 @@ def _load(source: str, data_root: str | Path | None) -> Any:
             return _bare(PreTrainedTokenizerFast, name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises plain Exception, the hub client errors of many packages
-        text = " ".join(str(error).split())
         raise ConfigError(
             f"model.llm.tokenizer: no tokenizer {source!r} on disk, in the Hugging Face cache or on its hub"
-            f" ({type(error).__name__}: {text[:160]}); give a folder or a tokenizer.json, or '{EMBEDDED}' for"
-            " the embedded one"
+            f" ({type(error).__name__}: {brief(error)}); give a folder or a tokenizer.json, or"
+            f" '{EMBEDDED}' for the embedded one"
         ) from error
 
 

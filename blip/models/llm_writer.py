@@ -52,6 +52,8 @@ class Writer(ABC):
         self.use_cache = use_cache
         self.embed = model.get_input_embeddings()
         self.cache: Any = None
+        self.past: Tensor | None = None
+        """(R, S) or (R, S, H), all that was read; without a cache only."""
         self.rows = 0
         """R, texts that are written."""
 
@@ -87,6 +89,21 @@ class Writer(ABC):
         other.rows = len(rows)
         return other
 
+    def _with_past(self, new: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is given for `new` (R, W) or (R, W, H), and where `rows` of it are there."""
+        if self.use_cache:
+            return new, rows
+        self.past = new if self.past is None else torch.cat([self.past, new], dim=1)
+        length, width = self.past.shape[1], new.shape[1]
+        return self.past, rows // width * length + length - width + rows % width
+
+    def _select(self, rows: Tensor) -> None:
+        """Put the past of `rows` in the places of the present ones."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+        elif self.past is not None:
+            self.past = self.past[rows]
+
     def _run(self, rows: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The model's logits (M, V) at `rows` (M,) of the positions that it is given."""
         if self.cache is not None:
@@ -116,8 +133,6 @@ class CausalWriter(Writer):
         super().__init__(model, use_cache)
         self.prefix = prefix
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.inputs = prefix[:, :0]
-        """(R, S, H), all that was read; without a cache only."""
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """Read soft tokens and prompts. -> logits (B, V)."""
@@ -135,11 +150,7 @@ class CausalWriter(Writer):
         return self._read(self.embed(tokens), rows)
 
     def _read(self, inputs: Tensor, rows: Tensor) -> Tensor:
-        if not self.use_cache:
-            new = inputs.shape[1]
-            self.inputs = inputs = torch.cat([self.inputs, inputs], dim=1)
-            length = inputs.shape[1]
-            rows = rows // new * length + length - new + rows % new
+        inputs, rows = self._with_past(inputs, rows)
         arguments: dict[str, Any] = {"inputs_embeds": inputs}
         if self.padded:
             # Where nothing is padded, no mask lets attention take its fastest way, and positions are counted.
@@ -151,10 +162,7 @@ class CausalWriter(Writer):
 
     def _continue(self, rows: Tensor, items: Tensor | None) -> None:
         self.mask = self.mask[rows]
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
-        else:
-            self.inputs = self.inputs[rows]
+        self._select(rows)
 
 
 class Seq2SeqWriter(Writer):
@@ -170,8 +178,6 @@ class Seq2SeqWriter(Writer):
         super().__init__(model, use_cache)
         self.states = states
         self.mask = None if bool(mask.all()) else mask.long()
-        self.tokens = torch.zeros(len(states), 0, dtype=torch.int64, device=states.device)
-        """(R, L), all that was written; without a cache only."""
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """Read what the decoder starts with, (B, 1). -> logits (B, V)."""
@@ -182,11 +188,7 @@ class Seq2SeqWriter(Writer):
         """Add tokens; padding among them must stand on the right, where nothing looks at it."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        if not self.use_cache:
-            new = tokens.shape[1]
-            self.tokens = tokens = torch.cat([self.tokens, tokens], dim=1)
-            length = tokens.shape[1]
-            rows = rows // new * length + length - new + rows % new
+        tokens, rows = self._with_past(tokens, rows)
         arguments = {
             "encoder_outputs": BaseModelOutput(last_hidden_state=self.states),
             "attention_mask": self.mask,
@@ -200,10 +202,8 @@ class Seq2SeqWriter(Writer):
         if moved:
             self.states = self.states[rows]
             self.mask = None if self.mask is None else self.mask[rows]
-        if self.cache is None:
-            self.tokens = self.tokens[rows]
-        elif moved or not hasattr(self.cache, "self_attention_cache"):
-            self.cache.reorder_cache(rows)
+        if moved or not hasattr(self.cache, "self_attention_cache"):
+            self._select(rows)
         else:
             self.cache.self_attention_cache.reorder_cache(rows)
 

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blip.errors import UsageError
+from blip.templates import HISTORY, lettered, words_read
 
 PLACE = "{}"
 """Where a prompt takes a text."""
-OCR_TOKENS = 30
-"""Words read in a picture that a prompt gets at most (InstructBLIP in LAVIS)."""
 PREFIXES = {
     "context": "context: {}. ",
-    "history": "dialog history: {}\n",
+    "history": HISTORY,
     "caption": 'This image has the caption "{}". ',
 }
 """What may be known about a picture, in the order in which it is put in front of a question (LAVIS)."""
@@ -44,7 +43,7 @@ def one_each(prompt: str | Sequence[str], rows: int) -> list[str]:
 
 def with_words(prompts: Sequence[str], read: Sequence[Sequence[str]]) -> list[str]:
     """Prompts with the words that were read in the pictures in their first place, where they have one."""
-    return [filled(prompt, [_words(words)]) for prompt, words in zip(prompts, read, strict=True)]
+    return [filled(prompt, [words_read(words)]) for prompt, words in zip(prompts, read, strict=True)]
 
 
 def question_prompts(samples: Mapping[str, Any], prompt: str) -> list[str]:
@@ -62,7 +61,7 @@ def question_prompts(samples: Mapping[str, Any], prompt: str) -> list[str]:
     if prompt.count(PLACE) < 2:
         return [filled(prompt, [text]) for text in texts]
     if "ocr_tokens" in samples:
-        pairs = [(_words(w), text) for w, text in zip(samples["ocr_tokens"], texts, strict=True)]
+        pairs = [(words_read(w), text) for w, text in zip(samples["ocr_tokens"], texts, strict=True)]
     elif "choices" in samples:
         pairs = [(text, lettered(some)) for text, some in zip(texts, samples["choices"], strict=True)]
     else:
@@ -89,11 +88,6 @@ def class_prompts(samples: Mapping[str, Any], prompts: Sequence[str]) -> list[st
             asked = filled(form, [known]) + asked if known else asked
         found.append(asked)
     return found
-
-
-def lettered(choices: Sequence[str]) -> str:
-    """`(a) one (b) other`."""
-    return " ".join(f"({chr(ord('a') + i)}) {choice}" for i, choice in enumerate(choices))
 
 
 def split_text(text: str, place: float) -> tuple[str, str]:
@@ -123,7 +117,3 @@ def _of_row(samples: Mapping[str, Any], key: str, row: int) -> Any:
     """What a picture has under a key; one text may be for all. Nothing: an empty list."""
     found = samples.get(key)
     return found if isinstance(found, str) else [] if found is None else found[row]
-
-
-def _words(read: Sequence[str]) -> str:
-    return ", ".join(read[:OCR_TOKENS])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip.config.schema import Section
-from blip.errors import CheckpointError, ConfigError, UsageError, nearest
+from blip.errors import CheckpointError, ConfigError, UsageError, brief, nearest
 from blip.layers.vit import NAMED, Vit, VitConfig, block_number, layer_id, rename_openai_clip, resize_on_load
 from blip.weights import read_weights
 
@@ -91,6 +91,19 @@ class VisionConfig(Section):
         if self.train_steps and not self.freeze:
             found.append("train_steps: only for a tower that is frozen afterwards; set freeze: true, or 0")
         return found
+
+    def overruled(self, beside: Mapping[str, str], plain: Self) -> list[str]:
+        """What is set here in vain, as problems: keys of the section -> keys of the model that decide.
+
+        Args:
+            beside: those keys.
+            plain: the section as it is where nobody sets anything.
+        """
+        return [
+            f"vit.{key}: has no effect here, since model.{ours} decides; set that one"
+            for key, ours in beside.items()
+            if getattr(self, key) != getattr(plain, key)
+        ]
 
     def size_problems(self) -> list[str]:
         """Unknown tower, or sizes that do not fit together, one `key: reason` each; timm checks when built.
@@ -354,10 +367,6 @@ def _some(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (f", ... {len(names)} in all" if len(names) > count else "")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def _same_shape(name: str, given: Tensor, wanted: Tensor) -> bool:
     """Whether a tensor fits; positions of another grid do, since they are interpolated."""
     return given.shape == wanted.shape or (name == "pos_embed" and given.shape[-1] == wanted.shape[-1])
@@ -419,7 +428,7 @@ def _build_timm(config: VisionConfig) -> Any:
         vit: Any = timm.create_model(name, num_classes=0, drop_path_rate=config.drop_path_rate, **given)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ConfigError(
-            f"model.vit: timm cannot build {name} with {given}: {_one_line(error)}; take back what"
+            f"model.vit: timm cannot build {name} with {given}: {brief(error)}; take back what"
             " differs from the named tower"
         ) from error
     # Pooling and its norm would be parameters that no loss reaches.
@@ -446,7 +455,7 @@ def _timm_weights(source: str, vit_model: str) -> dict[str, Tensor]:
     except Exception as error:  # the hub client raises errors of many packages
         raise ConfigError(
             f"model.vit_init_from: timm could not give pretrained weights of {name} ({type(error).__name__}:"
-            f" {_one_line(error)}); is the network or the Hugging Face cache reachable? A file of weights or"
+            f" {brief(error)}); is the network or the Hugging Face cache reachable? A file of weights or"
             " null also works"
         ) from error
     return dict(model.state_dict())
