@@ -83,8 +83,8 @@ def _decoder_values(config: Any, max_txt_len: int) -> dict[str, Any]:
     first = text.vocab_size - 2
     if text.bos_token_id != first:
         log.warning(
-            "config.json: text_config.bos_token_id is %s; texts begin with the last row of the vocabulary but"
-            " one here, %s",
+            "config.json: text_config.bos_token_id is %s; here, texts begin with the tokenizer's [DEC], or,"
+            " where they are given as ids, with the last row of the vocabulary but one, %s",
             text.bos_token_id,
             first,
         )
@@ -115,6 +115,9 @@ def _config(config: Any, model: Any, name: str) -> Any:
         raise UsageError(f"to_hf: {name} has BLIP's tower (base or large), not {config.vit_type}")
     check_stem(vit)
     words = model.text.embedding.word.num_embeddings
+    sep, pad = _BERT_SEP, 0
+    if words != _BERT_VOCAB:
+        sep, pad = model.word_pieces.sep_id, model.word_pieces.pad_id
     return BlipConfig(
         vision_config=BlipVisionConfig(
             image_size=vit.image_size,
@@ -129,9 +132,9 @@ def _config(config: Any, model: Any, name: str) -> Any:
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
             initializer_range=med.init_std,
-            bos_token_id=words - 2,
-            sep_token_id=_BERT_SEP if words == _BERT_VOCAB else model.word_pieces.sep_id,
-            pad_token_id=0 if words == _BERT_VOCAB else model.word_pieces.pad_id,
+            bos_token_id=model.text.dec_id,
+            sep_token_id=sep,
+            pad_token_id=pad,
             is_decoder=True,
             label_smoothing=getattr(config, "label_smoothing", 0.0),
             **{theirs: getattr(med, ours) for ours, theirs in BERT.items()},

@@ -111,7 +111,7 @@ class BlipModel(nn.Module):
 
     @classmethod
     def build(cls, config: Any, data_root: str | Path | None = None) -> Self:
-        """A model with random weights, for a command; a subclass may look for files of its configuration.
+        """A model with random weights, for a command; ours look for files that the configuration names.
 
         Args:
             config: of `config_class`.
@@ -135,7 +135,11 @@ class BlipModel(nn.Module):
                     f"model.vocab_size: {rows} rows of word embeddings are too few for the {needed} pieces of"
                     f" the tokenizer {self.config.tokenizer!r}; set it to {needed} or more, or to null"
                 )
+            self.take_ids(self._word_pieces)
         return self._word_pieces
+
+    def take_ids(self, word_pieces: WordPieces) -> None:
+        """Told of the tokenizer when it is read: its added tokens may stand before other rows."""
 
     def tokenize(self, texts: list[str], max_length: int | None = None) -> dict[str, Tensor]:
         """Ids and mask of texts, as the training loss wants them: `text_ids`, `text_mask` (B, T)."""

@@ -193,8 +193,9 @@ class Blip2Qformer(Blip2Base):
 
     @property
     def dec_id(self) -> int:
-        """Id of [DEC]: the last row of the vocabulary, as LAVIS adds it."""
-        return self.qformer.embedding.word.num_embeddings - 1
+        """Id of [DEC]: the tokenizer's, or the last row of the vocabulary, where LAVIS adds it."""
+        read = self._word_pieces
+        return self.qformer.embedding.word.num_embeddings - 1 if read is None else read.dec_id
 
     # Inference
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -14,19 +14,29 @@ from blip.models.bert_init import BertParts, load_bert
 from blip.models.blip_config import BlipConfig
 from blip.models.blip_weights import adopt, blip_sizes
 from blip.models.med import Med
-from blip.models.tokenizer import DEC, ENC
+from blip.models.tokenizer import DEC, ENC, WordPieces
 from blip.models.vision import VisionTower
 
 
 class BlipBase(BlipModel):
-    """Tower and text transformer."""
+    """Tower and text transformer.
+
+    Args:
+        config: sizes.
+        data_root: where the tokenizer may lie; None: the environment variable BLIP_DATA, else `data`.
+    """
 
     added_tokens = (DEC, ENC)
 
-    def __init__(self, config: BlipConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         self.vision = VisionTower(config.tower())
         self.text = self._text()
+
+    @classmethod
+    def build(cls, config: Any, data_root: str | Path | None = None) -> Self:
+        """A model with random weights; the tokenizer may be read from files."""
+        return cls(config, data_root)
 
     def _text(self) -> Med:
         """The text transformer, which looks at the tower's states."""
@@ -36,7 +46,16 @@ class BlipBase(BlipModel):
         """A text transformer of the configured sizes; arguments as of `Med`."""
         config = self.config
         vocab_size = config.vocab_size or self.word_pieces.vocab_size
-        return Med(config.med, vocab_size, image_width, config.dropout, **how)
+        med = Med(config.med, vocab_size, image_width, config.dropout, **how)
+        if self._word_pieces is not None:
+            med.dec_id, med.enc_id = self._word_pieces.dec_id, self._word_pieces.enc_id
+        return med
+
+    def take_ids(self, word_pieces: WordPieces) -> None:
+        """Texts begin with the tokenizer's [DEC] and [ENC], wherever it has them."""
+        for part in self.modules():
+            if isinstance(part, Med):
+                part.dec_id, part.enc_id = word_pieces.dec_id, word_pieces.enc_id
 
     def _lm_head(self) -> LMHead:
         """The head of a decoder."""

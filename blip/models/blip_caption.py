@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +68,8 @@ class BlipCaption(BlipBase):
     published: ClassVar = PUBLISHED["blip_caption"]
     starts: ClassVar = STARTS["blip_caption"]
 
-    def __init__(self, config: BlipCaptionConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipCaptionConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         self.lm_head = self._lm_head()
 
     def forward(self, batch: dict[str, Any]) -> Output:

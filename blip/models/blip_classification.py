@@ -63,8 +63,8 @@ class BlipClassification(BlipBase):
     replaceable = ("twin.",)
     num_images: ClassVar[Any] = 1
 
-    def __init__(self, config: BlipClassificationConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipClassificationConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         self.cls_head = _head(config.med.width, config.num_classes)
         self.twin: MomentumTwin | None = None
         if config.use_distill:

@@ -45,9 +45,11 @@ class BlipConfig(ModelConfig):
     max_txt_len: int = 35
     """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
     tokenizer: str = "bert-base-uncased"
-    """`scenes` (embedded), a vocab.txt, a folder, or a Hugging Face name."""
+    """`scenes` (embedded), a vocab.txt or a folder (as given, else below the data root), or a Hugging Face
+    name."""
     vocab_size: int | None = None
-    """Rows of the word embeddings, [DEC] and [ENC] being the last two; null = what the tokenizer has."""
+    """Rows of the word embeddings; null = what the tokenizer has. [DEC] and [ENC] are the tokenizer's; where
+    none is read, since texts are given as ids, the last two rows."""
     dropout: float = 0.1
     """Dropout of the text transformer."""
 
@@ -61,23 +63,14 @@ class BlipConfig(ModelConfig):
             found.append(f"max_txt_len: {self.max_txt_len} exceeds med.max_positions, which is {most}")
         if self.vit_grad_ckpt and self.vit.checkpoint != "none":
             found.append("vit_grad_ckpt: vit.checkpoint says it already; set one of them")
-        plain = VisionConfig(vit_model="vit_base")
-        found += [
-            f"vit.{key}: has no effect here, since model.{ours} decides; set that one"
-            for key, ours in BESIDE.items()
-            if getattr(self.vit, key) != getattr(plain, key)
-        ]
+        found += self.vit.overruled(BESIDE, VisionConfig(vit_model="vit_base"))
         return found or [p.replace("vit_model:", "vit_type:") for p in self.tower().size_problems()]
 
     def tower(self) -> VisionConfig:
         """The tower's own section, with the switches that stand beside it."""
-        return replace(
-            self.vit,
-            vit_model=TOWERS.get(self.vit_type, self.vit_type),
-            image_size=self.image_size,
-            drop_path_rate=self.vit_drop_path_rate,
-            init_from=self.vit_init_from,
-        )
+        values = {key: getattr(self, ours) for key, ours in BESIDE.items()}
+        values["vit_model"] = TOWERS.get(self.vit_type, self.vit_type)
+        return replace(self.vit, **values)
 
     def recompute(self) -> tuple[RecomputeMode, int | None]:
         """LAVIS's `vit_grad_ckpt` and `vit_ckpt_layer`, else what `vit` says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -44,8 +45,8 @@ class BlipFeatureExtractor(BlipBase):
     presets: ClassVar = {"base": {"image_size": 224}}
     published: ClassVar = PUBLISHED["blip_feature_extractor"]
 
-    def __init__(self, config: BlipFeaturesConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipFeaturesConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         self.vision_proj = nn.Linear(self.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(config.med.width, config.embed_dim)
         self.add_head()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from blip.batch import Output
@@ -68,8 +69,8 @@ class BlipPretrain(BlipRetrieval):
 
     published: ClassVar = PUBLISHED["blip_pretrain"]
 
-    def __init__(self, config: BlipPretrainConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipPretrainConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         self.lm_head = self._lm_head()
 
     def forward(self, batch: dict[str, Any]) -> Output:

@@ -104,8 +104,8 @@ class BlipRetrieval(BlipBase):
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""
 
-    def __init__(self, config: MomentumConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MomentumConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         width = config.med.width
         self.vision_proj = nn.Linear(self.vision.width, config.embed_dim)
         self.text_proj = nn.Linear(width, config.embed_dim)

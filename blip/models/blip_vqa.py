@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -88,8 +89,8 @@ class BlipVqa(BlipBase):
     published: ClassVar = PUBLISHED["blip_vqa"]
     starts: ClassVar = STARTS["blip_vqa"]
 
-    def __init__(self, config: BlipVqaConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: BlipVqaConfig, data_root: str | Path | None = None) -> None:
+        super().__init__(config, data_root)
         self.answer_decoder = self._med(config.med.width)
         self.lm_head = self._lm_head()
 

@@ -156,17 +156,9 @@ class Med(nn.Module):
         decoder_has = DECODER_HAS[share] if share else ()
         parts = (Parts(config, image_width, dropout, num_images, layer) for layer in range(config.depth))
         self.layers = nn.ModuleList(MedLayer(part, decoder_has) for part in parts)
+        self.dec_id, self.enc_id = vocab_size - 2, vocab_size - 1
+        """Ids of [DEC] and [ENC]: the last two rows, as BLIP adds them, unless a tokenizer says otherwise."""
         init_bert(self, config.init_std)
-
-    @property
-    def dec_id(self) -> int:
-        """Id of [DEC]: the last row of the vocabulary but one, as BLIP adds it."""
-        return self.embedding.word.num_embeddings - 2
-
-    @property
-    def enc_id(self) -> int:
-        """Id of [ENC]: the last row of the vocabulary, as BLIP adds it."""
-        return self.embedding.word.num_embeddings - 1
 
     def blocks(self) -> list[MedLayer]:
         """The layers in order."""
@@ -270,21 +262,19 @@ class Med(nn.Module):
         position: Tensor,
         cache: TokenCache,
         images: list[tuple[ImageKeys, int]],
-        mode: Mode = "decode",
     ) -> Tensor:
-        """States (R, D) of one more token per row, which looks at the cached ones (generation).
+        """The decoder's states (R, D) of one more token per row, which looks at the cached ones (generation).
 
         Args:
             tokens: int64 (R,).
             position: int64 (R,), their places in the texts.
             cache: of the tokens before; these are added.
             images: as of `forward`.
-            mode: whose parameters.
         """
-        hidden = self.embedding_of(mode)(tokens[:, None], position)  # (R, 1, D)
+        hidden = self.embedding_of("decode")(tokens[:, None], position)  # (R, 1, D)
         cache.advance()
         for i, layer in enumerate(self.blocks()):
             segments = [keys.segment(i, copies) for keys, copies in images]
-            source = cache.add(i, layer.keys_values(hidden, mode))
-            hidden = layer(hidden, source, None, segments, mode)
+            source = cache.add(i, layer.keys_values(hidden, "decode"))
+            hidden = layer(hidden, source, None, segments, "decode")
         return hidden[:, 0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import blip
 from blip.data.scenes_questions import TYPES
 from tests.e2e.runs import Commands, lines
 
@@ -179,3 +181,20 @@ def test_sentences_of_people_about_drawings_are_scored(
     found = json.loads(next((scored / "predictions").glob("test-*.json")).read_text())
     assert [p["truth"] for p in found] == ["True", "False"] * 2 + ["True"]
     assert lines(scored)[-1]["acc"] == pytest.approx(20 * sum(p["right"] for p in found))
+
+
+def test_a_vocabulary_below_the_data_root_of_a_run_is_found_again_with_its_model(
+    commands: Commands, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BLIP_DATA", str(tmp_path))  # is not asked
+    (data_root / "words").mkdir()
+    embedded = resources.files("blip") / "models" / "scenes_vocab.txt"
+    (data_root / "words" / "vocab.txt").write_text(embedded.read_text())
+    small = options("scenes", data_root, tmp_path / "run")
+    own = [f"model.med={{{MED}}}", "model.init_from=null", "model.tokenizer=words/vocab.txt"]
+    brief = ["run.valid_splits=[]", "run.test_splits=[]"]
+    ended = commands("--cfg", "tiny/blip_caption.yaml", *small, *own, *brief)
+    assert ended.code == 0, ended.output
+    monkeypatch.chdir(tmp_path)
+    model = blip.from_pretrained(tmp_path / "run")
+    assert model.word_pieces.decode(model.tokenize(["a red circle"])["text_ids"]) == ["a red circle"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,12 +55,12 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def small_blip(kind: str, **values: Any) -> Any:
+def small_blip(kind: str, data_root: Path | None = None, **values: Any) -> Any:
     """A model in training mode; its momentum twin differs from it. `values` are configuration keys."""
     model_class, config_class, own = MODELS[kind]
     sections = {"vit": VisionConfig(vit_model="vit_base", **SIZES["vit"]), "med": MedConfig(**SIZES["med"])}
     torch.manual_seed(0)
-    model = model_class(config_class(**{**SIZES, **sections, **own, **values})).double()
+    model = model_class.build(config_class(**{**SIZES, **sections, **own, **values}), data_root).double()
     shake(model)
     return model.train()
 
