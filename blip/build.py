@@ -31,11 +31,11 @@ from blip.engine.dry_run import dry_run
 from blip.engine.parallel import Parallel, pick_device
 from blip.engine.recompute import apply_recompute
 from blip.engine.runner import Runner
-from blip.engine.together import on_all
 from blip.engine.tracker import Tracker
 from blip.errors import BlipError, CheckpointError, ConfigError, DataError, Stopped, TrainingError, hint
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
+from blip.together import on_all
 from blip.weights import load_into
 
 log = logging.getLogger(__name__)

@@ -92,7 +92,7 @@ class _Writer:
             file = self.folder / part_name(number)
             done += self._part(file, {key: pictures[key] for key in part}, processor, origin)
             log.info("%s: part %d of %d, %s", name, number + 1, len(parts), _rate(done, started))
-        bad = [error for some in dist.gather_objects(self.bad) for error in some]
+        bad = dist.gather_lists(self.bad)
         SkipLog(self.folder, self.config.run.max_bad_ratio).judge_all(
             name, bad, len(bad), len(pictures), "pictures"
         )

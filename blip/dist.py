@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -104,6 +105,11 @@ def gather_objects(value: T) -> list[T]:
     box: list[Any] = [None] * world_size()
     td.all_gather_object(box, value)
     return box
+
+
+def gather_lists(own: Iterable[T]) -> list[T]:
+    """The items of every rank's `own`, in rank order, on every rank."""
+    return [item for part in gather_objects(list(own)) for item in part]
 
 
 def sum_tensor(value: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: ("cli", "zoo"),
     3: ("models", "processors", "data", "tasks", "engine", "formats"),
     2: ("config",),
-    1: ("layers", "losses", "metrics", "weights", "registry", "templates"),
+    1: ("layers", "losses", "metrics", "weights", "registry", "templates", "together"),
     0: ("__init__", "atomic", "batch", "dist", "errors", "keyed"),
 }
 COMMAND = 6

@@ -122,7 +122,7 @@ class ShardDataset:
         with ThreadPoolExecutor(16) as pool:  # waits for the disk
             found = pool.map(damage, self.paths[start:end], self.labels[start:end])
             own = [error for error in found if error is not None]
-        return [error for part in dist.gather_objects(own) for error in part]
+        return dist.gather_lists(own)
 
     def sample(self, ref: Ref, file: IO[bytes], epoch: int, seed: int) -> dict[str, Any]:
         """The sample at `ref`, read from its opened shard; `epoch` and `seed` key its augmentation.

@@ -22,8 +22,8 @@ from blip import atomic, dist
 from blip.engine import checkpoint_files as files
 from blip.engine.checkpoint_files import latest, read_state
 from blip.engine.rng import capture_rng, restore_rng
-from blip.engine.together import on_all, on_main
 from blip.errors import CheckpointError
+from blip.together import on_all, on_main
 from blip.weights import (
     CHECKPOINT_FOLDER,
     WEIGHTS_FILE,

@@ -21,9 +21,9 @@ from blip.engine.parallel import Parallel
 from blip.engine.progress import Progress, Window
 from blip.engine.report import write_report
 from blip.engine.signals import StopSignals
-from blip.engine.together import on_all, on_main
 from blip.engine.tracker import Tracker
 from blip.errors import Stopped, TrainingError, hint
+from blip.together import on_all, on_main
 
 log = logging.getLogger(__name__)
 
@@ -248,8 +248,7 @@ class Runner:
         if overflow:  # of fp16, whose scale has just been halved: that is how it finds the right one
             return
         progress.skipped_in_row += 1
-        own = [name for batch in micro_batches for name in batch.get("instance_id", [])]
-        names = [name for part in dist.gather_objects(own) for name in part]
+        names = dist.gather_lists(name for batch in micro_batches for name in batch.get("instance_id", []))
         log.warning("step %d: a gradient is not finite; the step is skipped", progress.step)
         self.tracker.event("nonfinite", step=progress.step, samples=names)
         if progress.skipped_in_row >= self.config.max_nonfinite:
@@ -352,9 +351,8 @@ class Runner:
         datasets = self.evaluations.get(split, [])
         for data in datasets:
             evaluation = self.evaluate_on(data)
-            parts = dist.gather_objects(evaluation.predictions)
+            predictions = dist.gather_lists(evaluation.predictions)
             name = f"{split}-{data.name}-step-{step:08d}"
-            predictions = [prediction for part in parts for prediction in part]
             self.tracker.predictions(name, predictions)
             if (content := self.task.submission(data, predictions)) is not None:
                 self.tracker.submission(name, content)

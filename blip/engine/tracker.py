@@ -33,7 +33,7 @@ from blip.engine.run_folder import (
     plain_value,
     remove_run,
 )
-from blip.engine.together import on_main
+from blip.together import on_main
 from blip.weights import MODEL_FOLDER
 
 log = logging.getLogger(__name__)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
-from blip import dist
+from torch import Tensor
+
 from blip.batch import Batch, EvalContext, Output
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 
-T = TypeVar("T")
 Prediction = dict[str, Any]
 
 
@@ -22,6 +22,14 @@ class EvalData(Protocol):
 
     def __len__(self) -> int:
         """Number of samples on all ranks."""
+        ...
+
+    def instance_id(self, index: int) -> str:
+        """Name of a sample, for predictions and reports."""
+        ...
+
+    def picture(self, index: int) -> str | None:
+        """Path of its (first) picture, where it is a file of its own."""
         ...
 
     def batches(self) -> Iterator[Batch]:
@@ -107,18 +115,25 @@ class Task:
         )
 
 
-def on_main(compute: Callable[[], T]) -> T:
-    """What `compute` gives on rank 0, on every rank; what it raises is raised on every rank."""
-    result: Any = None
-    error: Exception | None = None
-    if dist.is_main():
-        try:
-            result = compute()
-        except Exception as raised:
-            if dist.world_size() == 1:
-                raise
-            error = raised
-    result, error = dist.broadcast_object((result, error))
-    if error is not None:
-        raise error
-    return result
+def rows_of(batch: dict[str, Any], rows: Sequence[int], total: int) -> dict[str, Any]:
+    """Some rows of a batch of `total`, by their numbers; what is not there for each row stays."""
+
+    def some(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == total:
+            return value[list(rows)]
+        if isinstance(value, list) and len(value) == total:
+            return [value[row] for row in rows]
+        return value
+
+    return {key: some(value) for key, value in batch.items()}
+
+
+def seen_once(model: Any, samples: dict[str, Any]) -> dict[str, Any]:
+    """Samples with the tower's states in the place of pictures, for a model that is asked several times.
+
+    Videos stay as they are: models read their frames one by one.
+    """
+    if not hasattr(model, "image_states") or "image" not in samples or samples["image"].ndim != 4:
+        return samples
+    others = {key: value for key, value in samples.items() if key != "image"}
+    return {**others, "image_embeds": model.image_states(samples)}

@@ -3,52 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from blip import dist
-from blip.batch import Batch, EvalContext, to_device
+from blip.batch import EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError, hint
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names, unavailable
 from blip.registry import TASKS
-from blip.tasks.base import Evaluation, Prediction, Task, on_main
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task
+from blip.together import on_main
 
 log = logging.getLogger(__name__)
 
 
-class CaptionData(Protocol):
+class CaptionData(EvalData, Protocol):
     """Pictures and what people wrote about them.
 
     A dataset that knows what is in its pictures also has `judge(index, caption)`: None, or how many of a
     caption's statements are `right` of those `stated`, and whether it is right as a `whole` (0 or 1).
     """
 
-    name: str
-
-    def __len__(self) -> int:
-        """Number of pictures on all ranks."""
-        ...
-
     def image_id(self, index: int) -> int | str:
         """The annotation's own name of a picture."""
         ...
 
-    def instance_id(self, index: int) -> str:
-        """Name of a picture, for predictions and reports."""
-        ...
-
-    def picture(self, index: int) -> str | None:
-        """Path of a picture, where it is a file of its own."""
-        ...
-
     def references(self, index: int) -> list[str]:
         """What people wrote about a picture, as it stands in the annotations; may be empty."""
-        ...
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's pictures in order, `dist.slices(len(self))`."""
         ...
 
 
@@ -186,7 +169,7 @@ class Captioning(Task):
             (p["index"], p["caption"], p.get("stated_right"), p.get("stated"), p.get("right"))
             for p in predictions
         ]
-        every = [row for part in dist.gather_objects(own) for row in part]
+        every = dist.gather_lists(own)
         found = on_main(lambda: self._score(data, {index: caption for index, caption, *_ in every}))
         judged = [row for row in every if row[3] is not None]
         if judged:

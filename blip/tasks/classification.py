@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from blip import dist
-from blip.batch import Batch, EvalContext, to_device
+from blip.batch import EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 from blip.metrics.vqa import AnswerScores
 from blip.registry import TASKS
-from blip.tasks.base import Evaluation, Prediction, Task
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task
 
 
-class LabelData(Protocol):
+class LabelData(EvalData, Protocol):
     """Pictures and texts, each of one of several classes; batches hold their numbers under `label`."""
 
-    name: str
     classes: list[str]
     """Names of the classes, in the order of their numbers."""
-
-    def __len__(self) -> int:
-        """Number of samples on all ranks."""
-        ...
 
     def label(self, index: int) -> int:
         """Number of the right class."""
@@ -34,18 +28,6 @@ class LabelData(Protocol):
 
     def text(self, index: int) -> str:
         """The text as the model reads it."""
-        ...
-
-    def instance_id(self, index: int) -> str:
-        """Name of a sample, for predictions and reports."""
-        ...
-
-    def picture(self, index: int) -> str | None:
-        """Path of the (first) picture, where it is a file of its own."""
-        ...
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's samples in order, `dist.slices(len(self))`."""
         ...
 
 
@@ -99,7 +81,7 @@ class MultimodalClassification(Task):
         own = AnswerScores()
         for prediction in predictions:
             own.add(float(prediction["right"]), *self._groups(data, prediction["index"]))
-        return _means(AnswerScores([row for part in dist.gather_objects(own.rows) for row in part]))
+        return _means(AnswerScores(dist.gather_lists(own.rows)))
 
     def _groups(self, data: LabelData, index: int) -> tuple[str | None, str | None]:
         """The kind of a sample's text and its class, as far as they have accuracies of their own."""

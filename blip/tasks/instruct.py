@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from torch import Tensor
-
 from blip import dist
-from blip.batch import Batch, EvalContext, to_device
+from blip.batch import EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names
 from blip.metrics.vqa import AnswerScores, exact_match, vqa_accuracy
 from blip.registry import TASKS
-from blip.tasks.base import Evaluation, Prediction, Task, on_main
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task, rows_of, seen_once
+from blip.together import on_main
 
 RIGHT = 0.5
 """An output of at least this accuracy counts as right in predictions."""
 
 
-class InstructionData(Protocol):
+class InstructionData(EvalData, Protocol):
     """Instructions about pictures, as evaluation sees them; batches hold them under `text_input`."""
 
-    name: str
     in_words: bool
     """Whether captions or questions are to be written, which are also compared as captions are."""
-
-    def __len__(self) -> int:
-        """Number of instructions on all ranks."""
-        ...
 
     def instruction(self, index: int) -> str:
         """What the model is told."""
@@ -51,18 +45,6 @@ class InstructionData(Protocol):
 
     def task_type(self, index: int) -> str:
         """Kind of instruction; empty where nothing is known."""
-        ...
-
-    def instance_id(self, index: int) -> str:
-        """Name of an instruction, for predictions and reports."""
-        ...
-
-    def picture(self, index: int) -> str | None:
-        """Path of the picture, where it is a file of its own."""
-        ...
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's instructions in order, `dist.slices(len(self))`."""
         ...
 
 
@@ -188,14 +170,11 @@ class InstructTuning(Task):
         groups: dict[tuple[str, ...], list[int]] = {}
         for row, index in enumerate(indices):
             groups.setdefault(tuple(self.candidates(data, index)), []).append(row)
-        pictures = "image" in samples and samples["image"].ndim == 4  # not videos, whose frames go one by one
-        if len(groups) > 1 and pictures and hasattr(model, "image_states"):
-            states = model.image_states(samples)  # once for all groups
-            samples = {key: value for key, value in samples.items() if key != "image"}
-            samples["image_embeds"] = states
+        if len(groups) > 1:
+            samples = seen_once(model, samples)
         found: dict[int, Made] = {}
         for listed, rows in groups.items():
-            own = {key: _rows(value, rows, len(indices)) for key, value in samples.items()}
+            own = rows_of(samples, rows, len(indices))
             if listed:
                 made = [Made(order[0], order) for order in _ranked(model, own, listed)]
             else:
@@ -217,17 +196,14 @@ class InstructTuning(Task):
             if prediction["truth"]:
                 right = _accuracy(data, prediction["answer"], prediction["truth"])
                 own.add(right, data.task_type(prediction["index"]))
-        rows = [row for part in dist.gather_objects(own.rows) for row in part]
-        found = AnswerScores(rows).means("acc", questions="type")
-        places = [1 / p["rank"] for p in predictions if "rank" in p]
-        if every := [place for part in dist.gather_objects(places) for place in part]:
+        found = AnswerScores(dist.gather_lists(own.rows)).means("acc", questions="type")
+        if every := dist.gather_lists(1 / p["rank"] for p in predictions if "rank" in p):
             found["MRR"] = 100 * math.fsum(every) / len(every)
         return found | (self._as_captions(data, predictions) if data.in_words else {})
 
     def _as_captions(self, data: InstructionData, predictions: list[Prediction]) -> dict[str, float]:
         """Scores of captions; rank 0 computes them, since CIDEr looks at the whole corpus."""
-        own = [(p["index"], p["answer"]) for p in predictions if p["truth"]]
-        every = dict(row for part in dist.gather_objects(own) for row in part)
+        every = dict(dist.gather_lists((p["index"], p["answer"]) for p in predictions if p["truth"]))
 
         def score() -> dict[str, float]:
             indices = sorted(every)
@@ -275,12 +251,3 @@ def _accuracy(data: InstructionData, output: str, truths: Sequence[str]) -> floa
     if data.in_words:
         return max(exact_match(output, truth) for truth in truths)
     return vqa_accuracy(output, truths)
-
-
-def _rows(value: Any, rows: Sequence[int], total: int) -> Any:
-    """Some rows of what a batch has for each of its rows; else the value itself."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == total:
-        return value[list(rows)]
-    if isinstance(value, list) and len(value) == total:
-        return [value[row] for row in rows]
-    return value

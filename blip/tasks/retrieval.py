@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -12,41 +11,24 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from blip import dist
-from blip.batch import Batch, EvalContext, to_device
+from blip.batch import EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.errors import DataError
 from blip.metrics.retrieval import NOT_FOUND, recalls_from_ranks
 from blip.registry import TASKS
-from blip.tasks.base import Evaluation, Prediction, Task
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task
 
 RERANK_ROWS = 128
 
 
-class RetrievalData(Protocol):
+class RetrievalData(EvalData, Protocol):
     """Images, texts, and which belong together, as LAVIS's evaluation datasets expose them."""
 
-    name: str
     text: list[str]
     txt2img: list[int]
     img2txt: list[list[int]]
     of_videos: bool
     """Whether the images are videos: median ranks are reported too."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
-
-    def instance_id(self, index: int) -> str:
-        """Name of image `index`, for predictions and reports."""
-        ...
-
-    def picture(self, index: int) -> str | None:
-        """Path of image `index`, where it is a file of its own."""
-        ...
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's images in order, `dist.slices(len(self))`."""
-        ...
 
 
 @dataclass

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
-
 from blip import dist
-from blip.batch import Batch, EvalContext, to_device
+from blip.batch import EvalContext, to_device
 from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 from blip.metrics.vqa import AnswerScores, direct_accuracy, exact_match, vqa_accuracy
 from blip.registry import TASKS
-from blip.tasks.base import Evaluation, Prediction, Task
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task, rows_of, seen_once
 
 RIGHT = 0.5
 """An answer of at least this accuracy counts as right in predictions; of ten people, two gave it."""
 
 
-class QuestionData(Protocol):
+class QuestionData(EvalData, Protocol):
     """Questions about pictures, as evaluation sees them; batches hold them under `text_input`."""
 
-    name: str
     answer_list: list[str] | None
     """Candidates for ranking."""
-
-    def __len__(self) -> int:
-        """Number of questions on all ranks."""
-        ...
 
     def question(self, index: int) -> str:
         """The question as annotated."""
@@ -57,18 +50,6 @@ class QuestionData(Protocol):
 
     def correct_choice(self, index: int) -> str | None:
         """The right one of them; None where it is secret."""
-        ...
-
-    def instance_id(self, index: int) -> str:
-        """Name of a question, for predictions and reports."""
-        ...
-
-    def picture(self, index: int) -> str | None:
-        """Path of the picture, where it is a file of its own."""
-        ...
-
-    def batches(self) -> Iterator[Batch]:
-        """This rank's questions in order, `dist.slices(len(self))`."""
         ...
 
 
@@ -171,9 +152,11 @@ class VisualQuestionAnswering(Task):
         return [None] * len(samples["index"])
 
     def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
-        """VQA's `[{question_id, answer}]`, where answers are secret."""
-        if all(p["truth"] for p in predictions):
-            return None
+        """What the benchmark's server takes, where answers are secret."""
+        return None if all(p["truth"] for p in predictions) else self.told(predictions)
+
+    def told(self, predictions: Sequence[Prediction]) -> Any:
+        """VQA's `[{question_id, answer}]`."""
         return [{"question_id": _number(p["question_id"]), "answer": p["answer"]} for p in predictions]
 
     def _prediction(self, data: QuestionData, index: int, answer: str, choice: str | None) -> Prediction:
@@ -204,8 +187,7 @@ class VisualQuestionAnswering(Task):
 
     def _means(self, own: AnswerScores, name: str) -> dict[str, float]:
         """Means over the answers of all ranks."""
-        rows = [row for part in dist.gather_objects(own.rows) for row in part]
-        return AnswerScores(rows).means(name)
+        return AnswerScores(dist.gather_lists(own.rows)).means(name)
 
 
 @TASKS.register("gqa")
@@ -218,10 +200,8 @@ class GraphQuestionAnswering(VisualQuestionAnswering):
         """1.0 if the answer equals a reference answer."""
         return max(exact_match(answer, truth) for truth in truths)
 
-    def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
-        """GQA's `[{questionId, prediction}]`, where answers are secret."""
-        if all(p["truth"] for p in predictions):
-            return None
+    def told(self, predictions: Sequence[Prediction]) -> Any:
+        """GQA's `[{questionId, prediction}]`."""
         return [{"questionId": str(p["question_id"]), "prediction": p["answer"]} for p in predictions]
 
 
@@ -249,14 +229,12 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
     def choose(self, model: Any, data: QuestionData, samples: dict[str, Any]) -> list[str | None]:
         """The most likely of each question's choices."""
         listed = [data.choices(index) for index in samples["index"].tolist()]
-        if any(listed) and hasattr(model, "image_states"):  # once for all of them
-            samples = {k: v for k, v in samples.items() if k != "image"} | {
-                "image_embeds": model.image_states(samples)
-            }
+        if any(listed):
+            samples = seen_once(model, samples)
         how = {**self.config.inference(), "inference_method": "rank"}
         found: list[str | None] = []
         for row, choices in enumerate(listed):
-            own = {key: _row(value, row, len(listed)) for key, value in samples.items()}
+            own = rows_of(samples, [row], len(listed))
             how |= {"answer_list": choices, "num_ans_candidates": len(choices)}
             found.append(model.predict_answers(own, **how)[0] if choices else None)
         return found
@@ -273,20 +251,12 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
             chosen.add(float(prediction["choice_right"]))
         return super()._metrics(data, predictions) | self._means(chosen, "mc_acc")
 
-    def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
-        """The leaderboard's `{question_id: {direct_answer, multiple_choice}}`, where answers are secret."""
-        if all(p["truth"] for p in predictions):
-            return None
+    def told(self, predictions: Sequence[Prediction]) -> Any:
+        """The leaderboard's `{question_id: {direct_answer, multiple_choice}}`."""
         return {
             str(p["question_id"]): {"multiple_choice": p.get("choice", ""), "direct_answer": p["answer"]}
             for p in predictions
         }
-
-
-def _row(value: Any, row: int, rows: int) -> Any:
-    """One row of what a batch has for each of its rows, as a batch of one; else the value itself."""
-    per_row = isinstance(value, list | Tensor) and len(value) == rows
-    return value[row : row + 1] if per_row else value
 
 
 def _number(question_id: int | str) -> int | str:

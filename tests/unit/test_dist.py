@@ -55,6 +55,7 @@ def measure(rank: int, world: int) -> dict[Any, Any]:
     found: dict[Any, Any] = {
         "place": (dist.rank(), dist.world_size(), dist.is_main()),
         "objects": dist.gather_objects({"rank": rank}),
+        "lists": dist.gather_lists(range(rank + 1)),
         "broadcast": dist.broadcast_object(f"from {rank}"),
         "sum": dist.sum_tensor(torch.tensor([1.0, rank])),
         "max": dist.max_tensor(torch.tensor([5, rank])),
@@ -177,6 +178,7 @@ def test_small_collectives_see_every_rank(found: list[dict[Any, Any]], world: in
     for rank, values in enumerate(found):
         assert values["place"] == (rank, world, rank == 0)
         assert values["objects"] == [{"rank": r} for r in range(world)]
+        assert values["lists"] == [number for r in range(world) for number in range(r + 1)]
         assert values["broadcast"] == "from 0"
         assert values["sum"].tolist() == [world, sum(range(world))]
         assert values["max"].tolist() == [5, world - 1]

@@ -15,7 +15,7 @@ def on_main(action: Callable[[], T]) -> T:
     """Rank 0's result of `action`, on every rank.
 
     Raises:
-        BlipError: what rank 0 raised; an OSError as one.
+        Exception: what rank 0 raised; an OSError as BlipError.
     """
     result: Any = on_all(lambda: action() if dist.is_main() else None)
     return dist.broadcast_object(result)
@@ -25,13 +25,16 @@ def on_all(action: Callable[[], T]) -> T:
     """This rank's result of `action`, which every rank carries out.
 
     Raises:
-        BlipError: what the first rank that failed raised; an OSError as one.
+        Exception: what the first rank that failed raised; an OSError as BlipError, and on several ranks what
+            else there may be as RuntimeError.
     """
     result: Any = None
     failure: Exception | None = None
     try:
         result = action()
-    except (BlipError, OSError) as error:
+    except Exception as error:
+        if dist.world_size() == 1 and not isinstance(error, OSError):
+            raise
         failure = error
     failures = [error for error in dist.gather_objects(_portable(failure)) if error is not None]
     if failures:
@@ -39,8 +42,11 @@ def on_all(action: Callable[[], T]) -> T:
     return result
 
 
-def _portable(error: Exception | None) -> BlipError | None:
+def _portable(error: Exception | None) -> Exception | None:
+    """An error that other ranks can read, whatever it needs to be built."""
     if isinstance(error, OSError):
         place = f"'{error.filename}': " if error.filename else ""
         return BlipError(f"{place}{error.strerror or error}")
-    return error if isinstance(error, BlipError) else None
+    if error is None or isinstance(error, BlipError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
