@@ -116,7 +116,8 @@ INSTRUCT: dict[str, Row] = {
     ),
     "ocr_vqa": Row(
         kind="vqa",
-        splits={"train": "ocrvqa/annotations/ocrvqa.json"},
+        splits=dict.fromkeys(ALL, "ocrvqa/annotations/ocrvqa.json"),
+        within={"train": "1", "val": "2", "test": "3"},
         images="ocrvqa/images",
         columns={"image": "sample_id"},
         suffix=".jpg",

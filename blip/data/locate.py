@@ -49,6 +49,8 @@ class Source:
     """What is in the pictures of the embedded scenes."""
     types: list[str] = field(default_factory=list)
     """Types of the records to read; empty: all."""
+    within: str = ""
+    """What the records of the split have in the column `split` of a file of several; empty: all are its."""
     templates: str = ""
     """List of instructions where the section names none; empty: that of the kind."""
     ocr: Path | None = None
@@ -132,6 +134,7 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
         source.classes = source.classes or row.classes
         source.judged = root / row.judged[split] if split in row.judged else None
         source.templates = row.templates
+        source.within = row.within.get(split, "")
     _add_evaluation_files(source, name, config, split, root, row)
     _add_words_read(source, name, config, split, root, row)
     return source

@@ -77,9 +77,13 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
     mapper = PathMapper(images, row.suffix, column) if images.is_dir() else None
     if mapper is None:
         outcome.missing.append(f"{images}{os.sep}: {row.pictures}")
-    absent = []
+    absent: list[str] = []
+    done: set[Path] = set()  # a file may hold several splits
     for split in row.splits:
         for target in (root / text for text in row.of(split)):
+            if target in done:
+                continue
+            done.add(target)
             official = _find(target, downloads)
             if official is None:
                 absent.append(str(target))

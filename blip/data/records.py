@@ -190,7 +190,11 @@ class SomeRecords:
         numbers: of those to keep, in order.
     """
 
-    def __init__(self, records: PackedRecords | HfRecords, numbers: Sequence[int]) -> None:
+    pictures: np.ndarray
+    num_captions: np.ndarray
+    columns: tuple[str, ...]
+
+    def __init__(self, records: PackedRecords | HfRecords | SomeRecords, numbers: Sequence[int]) -> None:
         self._records, self._numbers = records, np.array(numbers, np.int64)
         self.pictures, self.num_pictures = number_pictures(records.pictures[self._numbers])
         self.num_captions = records.num_captions[self._numbers]
@@ -237,8 +241,31 @@ class ById:
         return self._records[int(self._order[place])]
 
 
+def within_split(
+    records: PackedRecords | HfRecords | SomeRecords, split: str, name: str, limit: int | None = None
+) -> SomeRecords:
+    """The records of one split of a file that holds several, by its column `split`.
+
+    Args:
+        records: all of them.
+        split: what those to keep have there.
+        name: of the dataset, for messages.
+        limit: number of records to keep; None: all.
+
+    Raises:
+        DataError: there is none.
+    """
+    numbers = [number for number, record in enumerate(records) if str(record.get("split")) == split]
+    if not numbers:
+        raise DataError(f"datasets.{name}: no record has split {split!r}; take the file as it was published")
+    return SomeRecords(records, numbers[:limit])
+
+
 def of_types(
-    records: PackedRecords | HfRecords, types: Sequence[str], name: str, limit: int | None = None
+    records: PackedRecords | HfRecords | SomeRecords,
+    types: Sequence[str],
+    name: str,
+    limit: int | None = None,
 ) -> SomeRecords:
     """The records of some types, by their column `type`.
 

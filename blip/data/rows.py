@@ -41,6 +41,8 @@ class Row:
     """List of instructions that training takes where none is named, as `datasets.NAME.templates`."""
     ocr: dict[str, str] = field(default_factory=dict)
     """Split -> file of words read in the pictures, as `datasets.NAME.ocr_file`."""
+    within: dict[str, str] = field(default_factory=dict)
+    """Split -> what its records have in the column `split`, where one file holds several."""
     same_as: str = ""
     """The dataset whose files these are, under another name of LAVIS's."""
 
@@ -52,7 +54,7 @@ class Row:
     @property
     def files(self) -> list[str]:
         """Annotation files of all splits, or patterns of shards."""
-        return [text for split in self.splits for text in self.of(split)]
+        return list(dict.fromkeys(text for split in self.splits for text in self.of(split)))
 
     @property
     def others(self) -> list[str]:

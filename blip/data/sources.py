@@ -18,7 +18,7 @@ from blip.data.instruct import InstructMaker, chosen_templates
 from blip.data.kinds import KINDS, TRUTH_VALUES, LabelMaker, PairMaker, QuestionMaker, kind_of
 from blip.data.locate import MissingData, Source, available_splits, locate
 from blip.data.readers import Record, read_file
-from blip.data.records import HfRecords, PackedRecords, SomeRecords, of_types, read_records
+from blip.data.records import HfRecords, PackedRecords, SomeRecords, of_types, read_records, within_split
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
 from blip.data.truth import SceneJudge, all_answers, all_labels, read_answer_list, read_official
@@ -237,10 +237,12 @@ def read_source(name: str, source: Source, limit: int | None = None, wanted: str
         kind = source.kind if source.kind != "auto" else kind_of(present, wanted)
         return [some for some in KINDS[kind].needs if source.captioned or some != ("caption",)]
 
-    own = None if source.types else limit
-    records = read_records(
+    own = None if source.types or source.within else limit
+    records: Records = read_records(
         source.paths, source.layout, source.columns, source.roots, name, own, required, source.suffix
     )
+    if source.within:
+        records = within_split(records, source.within, name, None if source.types else limit)
     return of_types(records, source.types, name, limit) if source.types else records
 
 

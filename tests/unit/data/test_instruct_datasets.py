@@ -309,8 +309,9 @@ def test_multiple_choice_questions_are_evaluated_as_instructions(root: Path) -> 
 
 def test_ocr_vqa_has_a_record_for_each_question(root: Path) -> None:
     content = {
-        "a": {"questions": ["Who wrote it?", "What year?"], "answers": ["X", "1990"], "title": "T"},
-        "b": {"questions": ["Genre?"], "answers": ["Y"], "ocr_tokens": ["big", "book"]},
+        "a": {"questions": ["Who wrote it?", "What year?"], "answers": ["X", "1990"], "split": 1},
+        "b": {"questions": ["Genre?"], "answers": ["Y"], "ocr_tokens": ["big", "book"], "split": 1},
+        "c": {"questions": ["Title?"], "answers": ["Z"], "split": 3},
     }
     put(root / "ocrvqa/annotations/ocrvqa.json", content)
     (root / "own/pictures").rename(root / "ocrvqa/images")
@@ -319,6 +320,11 @@ def test_ocr_vqa_has_a_record_for_each_question(root: Path) -> None:
     assert [data.records[i]["image"] for i in range(3)] == ["a.jpg", "a.jpg", "b.jpg"]
     texts = [data.sample(2, epoch)["text_input"] for epoch in range(5)]
     assert all(text.startswith("OCR tokens: big, book. ") for text in texts)
+    # Its file holds all splits; what is to be tested is not trained on.
+    held_out = blip.load_dataset("ocr_vqa", root, split="test")["test"]
+    assert [item["answer"] for item in held_out] == [["Z"]]
+    with pytest.raises(DataError, match="no record has split '2'"):
+        blip.load_dataset("ocr_vqa", root, split="val")
 
 
 def test_a_dialog_gives_a_record_for_each_turn(tmp_path: Path) -> None:
@@ -417,7 +423,7 @@ def test_official_files_with_pictures_in_another_column_are_prepared(root: Path,
     data = train(root, "hateful_memes")
     asked = 'This is an image with: "hm" written on it. Is it hateful? Answer:'
     assert [(s["text_input"], s["text_output"]) for s in data] == [(asked, "no"), (asked, "yes")]
-    put(tmp_path / "downloads/ocrvqa.json", {"x": {"questions": ["Q?"], "answers": ["A"]}})
+    put(tmp_path / "downloads/ocrvqa.json", {"x": {"questions": ["Q?"], "answers": ["A"], "split": 1}})
     (root / "ocrvqa/images/deep").mkdir(parents=True)
     (root / "hateful_memes/img/a.jpg").rename(root / "ocrvqa/images/deep/x.jpg")
     assert prepare("ocr_vqa", root, tmp_path / "downloads").missing == []
