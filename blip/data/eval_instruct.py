@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from blip.data.datasets import Records
-from blip.data.evaluation import EvalCaptions, EvalData, EvalLabels, EvalQuestions, usable
+from blip.data.evaluation import EvalCaptions, EvalData, EvalLabels, EvalQuestions
 from blip.data.instruct import InstructMaker, asks_for
 from blip.data.kinds import choices_of, correct_choice_of
 from blip.data.samples import BadRecord, Sample
@@ -19,18 +18,9 @@ ByType = Mapping[str, Sequence[str]]
 
 
 class EvalTold(EvalData):
-    """Records that are instructions themselves, one sample each.
-
-    Args:
-        name: of the dataset.
-        records: of the split.
-        maker: with the processors of evaluation.
-    """
+    """Records that are instructions themselves, one sample each."""
 
     unit = "instructions"
-
-    def __init__(self, name: str, records: Records, maker: InstructMaker) -> None:
-        super().__init__(name, records, maker, *usable(name, records, maker))
 
 
 class EvalInstructions:

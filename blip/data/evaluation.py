@@ -17,7 +17,7 @@ import numpy as np
 
 from blip import dist, keyed
 from blip.data.datasets import Records, causes, pictures_of
-from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker, answers_of, choices_of, correct_choice_of
+from blip.data.kinds import QuestionMaker, answers_of, choices_of, correct_choice_of
 from blip.data.records import ById
 from blip.data.samples import MALFORMED, BadRecord, Clip, Picture, Sample, SampleMaker, read_image
 from blip.data.truth import Judge
@@ -33,7 +33,8 @@ class EvalData:
         name: of the dataset.
         records: of the split.
         maker: with the processors of evaluation.
-        numbers: of the records that stand for a sample each.
+        numbers: of the records that stand for a sample each; None: all that have what `maker` needs, but
+            perhaps their picture.
         bad: what is left out already.
     """
 
@@ -41,13 +42,20 @@ class EvalData:
     """What is counted as left out."""
 
     def __init__(
-        self, name: str, records: Records, maker: SampleMaker, numbers: Sequence[int], bad: list[BadRecord]
+        self,
+        name: str,
+        records: Records,
+        maker: SampleMaker,
+        numbers: Sequence[int] | None = None,
+        bad: Sequence[BadRecord] = (),
     ) -> None:
+        if numbers is None:
+            numbers, bad = _usable(name, records, maker)
         self.name = name
         self.records = records
         self.maker: Any = maker
-        self.bad = bad
-        self.lost = len(bad)
+        self.bad = list(bad)
+        self.lost = len(self.bad)
         """Units that are left out, for themselves or for their picture."""
         self.damaged: list[BadRecord] = []
         """Frames of videos that others stand in for, once they have been looked for."""
@@ -127,7 +135,7 @@ class EvalData:
         start, end = dist.slices(len(first))[dist.rank()]
         with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:  # decoders release the lock
             own = [(k, e) for k, e in enumerate(pool.map(self._try, first[start:end].tolist()), start) if e]
-        errors = [(k, error) for part in dist.gather_objects(own) for k, several in part for error in several]
+        errors = [(k, error) for k, several in dist.gather_lists(own) for error in several]
         found = {k: error for k, error in errors if error.cause != "damaged_frame"}
         self.damaged = [error for _, error in errors if error.cause == "damaged_frame"]
         if found:
@@ -330,7 +338,7 @@ class EvalQuestions(EvalData):
         candidates: Callable[[], list[str] | None] | None = None,
     ) -> None:
         self._official, self._candidates = official, candidates
-        super().__init__(name, records, maker, *usable(name, records, maker))
+        super().__init__(name, records, maker)
 
     @cached_property
     def answer_list(self) -> list[str] | None:
@@ -385,9 +393,6 @@ class EvalLabels(EvalData):
 
     unit = "sentences"
 
-    def __init__(self, name: str, records: Records, maker: LabelMaker | PairMaker) -> None:
-        super().__init__(name, records, maker, *usable(name, records, maker))
-
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their numbers."""
@@ -406,7 +411,7 @@ class EvalLabels(EvalData):
         return str(self.record(index).get("type", ""))
 
 
-def usable(name: str, records: Records, maker: SampleMaker) -> tuple[list[int], list[BadRecord]]:
+def _usable(name: str, records: Records, maker: SampleMaker) -> tuple[list[int], list[BadRecord]]:
     """Numbers of the records that have all but perhaps their picture, and what is wrong with the others."""
     numbers, bad = [], []
     for number in range(len(records)):

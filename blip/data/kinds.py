@@ -73,7 +73,17 @@ class LabelMaker(SampleMaker):
         Raises:
             BadRecord: no_sentence, bad_text, no_label, bad_label.
         """
-        return _labelled(self, record, name, self.classes)
+        sound(record, name)
+        sentence = next((record[key] for key in SENTENCE if record.get(key) is not None), None)
+        text = _one_text(self, sentence, name)
+        label = record.get("label")
+        if label is None or label == "":
+            raise BadRecord("no_label", name)
+        number = label_number(label, self.classes)
+        if number is None:
+            known = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
+            raise BadRecord("bad_label", name, f"{str(label)[:40]!r} is none of the classes {known}")
+        return {"text_input": text, "label": number}
 
     def single(self, record: dict[str, Any], which: int, name: str) -> dict[str, Any]:
         """The record: it has one sentence."""
@@ -81,7 +91,7 @@ class LabelMaker(SampleMaker):
 
 
 @dataclass
-class PairMaker(SampleMaker):
+class PairMaker(LabelMaker):
     """Sentences about two pictures: `image0`, `image1`, `text_input`, `label`.
 
     In training, with probability 0.5, the pictures change places and the words left and right with them
@@ -94,7 +104,6 @@ class PairMaker(SampleMaker):
     """Whether pictures change places."""
     cut: float = 0.5
     """Where a single picture is cut into the two, as a share of its width."""
-    what: ClassVar[str] = "sentence"
 
     def __call__(
         self,
@@ -123,18 +132,6 @@ class PairMaker(SampleMaker):
             "instance_id": name,
             **content,
         }
-
-    def content(self, record: Mapping[str, Any], name: str, rng: Generator | None = None) -> Sample:
-        """Sentence and class, before anything changes places.
-
-        Raises:
-            BadRecord: no_sentence, bad_text, no_label, bad_label.
-        """
-        return _labelled(self, record, name, self.classes)
-
-    def single(self, record: dict[str, Any], which: int, name: str) -> dict[str, Any]:
-        """The record: it has one sentence."""
-        return record
 
     def places(self, record: Mapping[str, Any], name: str) -> list[Any]:
         """Two entries; or one, of the picture that holds both."""
@@ -226,20 +223,6 @@ def sort_labels(labels: Collection[str]) -> list[str]:
     if all(_NUMBER.fullmatch(label) for label in labels):
         return sorted(labels, key=int)
     return sorted(labels)
-
-
-def _labelled(maker: SampleMaker, record: Mapping[str, Any], name: str, classes: Sequence[str]) -> Sample:
-    sound(record, name)
-    sentence = next((record[key] for key in SENTENCE if record.get(key) is not None), None)
-    text = _one_text(maker, sentence, name)
-    label = record.get("label")
-    if label is None or label == "":
-        raise BadRecord("no_label", name)
-    number = label_number(label, classes)
-    if number is None:
-        known = ", ".join(classes[:6]) + (", ..." if len(classes) > 6 else "")
-        raise BadRecord("bad_label", name, f"{str(label)[:40]!r} is none of the classes {known}")
-    return {"text_input": text, "label": number}
 
 
 def _one_text(maker: SampleMaker, text: Any, name: str) -> str:

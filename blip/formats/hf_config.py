@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from blip.config.schema import ModelConfig
-from blip.errors import CheckpointError, UsageError, hint
+from blip.errors import CheckpointError, UsageError, brief, hint
 from blip.formats import hf, hf_blip, hf_llm
-from blip.formats.hf_blip import BERT, EXPLICIT, VIT, check_fixed, check_stem
+from blip.formats.hf_blip import EXPLICIT, check_fixed
 from blip.weights import untie
 
 
@@ -39,24 +39,13 @@ class HfModel(NamedTuple):
 
 
 def _retrieval_values(config: Any) -> dict[str, Any]:
-    vision, qformer = config.vision_config, config.qformer_config
-    fixed = {
-        "vision_config.hidden_act": "gelu",
-        "vision_config.qkv_bias": True,
-        "qformer_config.hidden_act": "gelu",
-    }
-    check_fixed(config, fixed, "BLIP-2")
+    qformer = config.qformer_config
+    check_fixed(config, hf_llm.FIXED, "BLIP-2")
     return {
-        "vit_model": "eva_clip_g",
-        "image_size": vision.image_size,
-        "vit": {ours: getattr(vision, theirs) for ours, theirs in VIT.items()},
-        "num_query_token": config.num_query_tokens,
-        "cross_attention_freq": qformer.cross_attention_frequency,
-        "qformer": {ours: getattr(qformer, theirs) for ours, theirs in BERT.items()},
+        **hf_llm.values_of_parts(config),
         "embed_dim": config.image_text_hidden_size,
         "vocab_size": qformer.vocab_size,
         "max_txt_len": min(32, qformer.max_position_embeddings),
-        "dropout": qformer.hidden_dropout_prob,
     }
 
 
@@ -68,31 +57,11 @@ def _build_retrieval(config: Any, model: Any) -> Any:
         Blip2VisionConfig,
     )
 
-    if config.vit_model != "eva_clip_g":
-        raise UsageError(
-            f"to_hf: Blip2ForImageTextRetrieval has an EVA tower (eva_clip_g), not {config.vit_model}"
-        )
-    # transformers has one epsilon for the blocks and for `ln_vision`, whose own is 1e-5 here and in LAVIS.
-    vit, qformer = model.vision.vit.config, config.qformer
-    check_stem(vit)
-    return Blip2ForImageTextRetrieval(
-        Blip2Config(
-            vision_config=Blip2VisionConfig(
-                image_size=vit.image_size, **{theirs: getattr(vit, ours) for ours, theirs in VIT.items()}
-            ),
-            qformer_config=Blip2QFormerConfig(
-                vocab_size=model.qformer.embedding.word.num_embeddings,
-                cross_attention_frequency=config.cross_attention_freq,
-                encoder_hidden_size=vit.width,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                use_qformer_text_input=True,
-                **{theirs: getattr(qformer, ours) for ours, theirs in BERT.items()},
-            ),
-            num_query_tokens=config.num_query_token,
-            image_text_hidden_size=config.embed_dim,
-        )
-    )
+    name = "Blip2ForImageTextRetrieval"
+    parts = hf_llm.parts_of(config, model, name, Blip2VisionConfig, Blip2QFormerConfig)
+    parts["qformer_config"].vocab_size = model.qformer.embedding.word.num_embeddings
+    parts["qformer_config"].use_qformer_text_input = True
+    return Blip2ForImageTextRetrieval(Blip2Config(**parts, image_text_hidden_size=config.embed_dim))
 
 
 CLASSES = {
@@ -154,8 +123,7 @@ def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, 
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         values = CLASSES[name].values(config)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"'{folder}': config.json is none of a {name} ({reason})") from error
+        raise CheckpointError(f"'{folder}': config.json is none of a {name} ({brief(error)})") from error
     values = CLASSES[name].tokenizers(folder, values)
     return values.pop("arch", CLASSES[name].arch), values
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from blip.errors import UsageError
 from blip.formats.hf_blip import BERT, VIT, check_fixed, check_stem
 
-_FIXED = {
+FIXED = {
     "vision_config.hidden_act": "gelu",
     "vision_config.qkv_bias": True,
     "qformer_config.hidden_act": "gelu",
 }
+"""What BLIP-2's tower and Q-Former have no key for."""
 _OPT_NEWLINE = 50118
 """What ends a text of OPT in BLIP-2, in transformers by its number."""
 _ROWS_AT_A_TIME = 64
@@ -32,14 +33,14 @@ _QFORMER_TOKENIZER = "qformer_tokenizer"
 
 def generation_values(config: Any) -> dict[str, Any]:
     """Values of BLIP-2's stage 2."""
-    check_fixed(config, {**_FIXED, "qformer_config.use_qformer_text_input": False}, "BLIP-2")
+    check_fixed(config, {**FIXED, "qformer_config.use_qformer_text_input": False}, "BLIP-2")
     arch = {"opt": "blip2_opt", "t5": "blip2_t5"}.get(config.text_config.model_type, "blip2_llm")
     return {"arch": arch, **_values(config), "qformer_text_input": False, "max_txt_len": 32}
 
 
 def instruct_values(config: Any) -> dict[str, Any]:
     """Values of InstructBLIP."""
-    check_fixed(config, _FIXED, "InstructBLIP")
+    check_fixed(config, FIXED, "InstructBLIP")
     qformer = config.qformer_config
     archs = {"llama": "blip2_vicuna_instruct", "t5": "blip2_t5_instruct"}
     return {
@@ -51,19 +52,27 @@ def instruct_values(config: Any) -> dict[str, Any]:
     }
 
 
-def _values(config: Any) -> dict[str, Any]:
-    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
-    sizes = {key: value for key, value in text.to_diff_dict().items() if _is_size(key, type(text)())}
-    newline = text.model_type == "opt" and text.eos_token_id == _OPT_NEWLINE
+def values_of_parts(config: Any) -> dict[str, Any]:
+    """Values of BLIP-2's tower and Q-Former."""
+    vision, qformer = config.vision_config, config.qformer_config
     return {
         "vit_model": "eva_clip_g",
-        "vit_init_from": None,  # the tower and the language model are among the weights
         "image_size": vision.image_size,
         "vit": {ours: getattr(vision, theirs) for ours, theirs in VIT.items()},
         "num_query_token": config.num_query_tokens,
         "cross_attention_freq": qformer.cross_attention_frequency,
         "qformer": {ours: getattr(qformer, theirs) for ours, theirs in BERT.items()},
         "dropout": qformer.hidden_dropout_prob,
+    }
+
+
+def _values(config: Any) -> dict[str, Any]:
+    text = config.text_config
+    sizes = {key: value for key, value in text.to_diff_dict().items() if _is_size(key, type(text)())}
+    newline = text.model_type == "opt" and text.eos_token_id == _OPT_NEWLINE
+    return {
+        **values_of_parts(config),
+        "vit_init_from": None,  # the tower and the language model are among the weights
         "prompt": "",
         "llm_model": None,
         "llm": {
@@ -127,17 +136,10 @@ def build_instruct(config: Any, model: Any) -> Any:
     return InstructBlipForConditionalGeneration(InstructBlipConfig(**parts))
 
 
-def _parts(config: Any, model: Any, name: str, vision_class: Any, qformer_class: Any) -> dict[str, Any]:
-    """Arguments of their configuration."""
+def parts_of(config: Any, model: Any, name: str, vision_class: Any, qformer_class: Any) -> dict[str, Any]:
+    """Arguments of their configuration for tower and Q-Former; `name` is that of their model."""
     if config.vit_model != "eva_clip_g":
         raise UsageError(f"to_hf: {name} has an EVA tower (eva_clip_g), not {config.vit_model}")
-    if len(model.llm.lora):
-        raise UsageError(f"to_hf: {name} has no place for model.llm.lora's additions to the language model")
-    if config.llm.quantization != "none":
-        raise UsageError(
-            f"to_hf: the language model is quantised ({config.llm.quantization}); load it with"
-            " model.llm.quantization none"
-        )
     vit = model.vision.vit.config
     check_stem(vit)
     # transformers has one epsilon for the blocks and for `ln_vision`, whose own is 1e-5 here and in LAVIS.
@@ -152,8 +154,22 @@ def _parts(config: Any, model: Any, name: str, vision_class: Any, qformer_class:
             attention_probs_dropout_prob=config.dropout,
             **{theirs: getattr(config.qformer, ours) for ours, theirs in BERT.items()},
         ),
-        "text_config": _text_config(config, model.llm),
         "num_query_tokens": config.num_query_token,
+    }
+
+
+def _parts(config: Any, model: Any, name: str, vision_class: Any, qformer_class: Any) -> dict[str, Any]:
+    """Arguments of their configuration."""
+    if len(model.llm.lora):
+        raise UsageError(f"to_hf: {name} has no place for model.llm.lora's additions to the language model")
+    if config.llm.quantization != "none":
+        raise UsageError(
+            f"to_hf: the language model is quantised ({config.llm.quantization}); load it with"
+            " model.llm.quantization none"
+        )
+    return {
+        **parts_of(config, model, name, vision_class, qformer_class),
+        "text_config": _text_config(config, model.llm),
         "image_token_index": _image_token(model.llm),
     }
 
