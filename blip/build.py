@@ -195,8 +195,10 @@ def build_model(config: Config, device: torch.device, begun: Path | None = None)
                 "text_processor": section.text_processor,
             }
             break
-    apply_recompute(model.vision.blocks(), *model.recompute())
-    return model.to(device)
+    model = model.to(device)  # first: a language model without values gets its layers here
+    for part in model.recompute():
+        apply_recompute(*part)
+    return model
 
 
 def start_of(config: Config) -> str | None:

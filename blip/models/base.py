@@ -251,9 +251,9 @@ class BlipModel(nn.Module):
         absent = tuple(self.frozen_parts())
         return {k: v for k, v in self.state_dict().items() if not (absent and k.startswith(absent))}
 
-    def recompute(self) -> tuple[RecomputeMode, int | None]:
-        """How the tower's blocks recompute their activations (`engine.recompute`), and the last how many."""
-        return self.config.recompute()
+    def recompute(self) -> list[tuple[list[nn.Module], RecomputeMode, int | None]]:
+        """Blocks that recompute their activations (`engine.recompute`), how, and the last how many."""
+        return [(self.vision.blocks(), *self.config.recompute())]
 
     def lr_scale(self, name: str, decay: float) -> float:
         """Factor of the learning rate of parameter `name` under layer-wise decay.

@@ -38,6 +38,7 @@ from blip.models.generate import draws_of
 from blip.models.lemmas import lemmatize
 from blip.models.llm import LLMConfig, build_llm
 from blip.models.llm_presets import sizes_of_llm
+from blip.models.vision import RecomputeMode
 from blip.registry import MODELS
 
 log = logging.getLogger(__name__)
@@ -417,6 +418,10 @@ class Blip2Llm(Blip2Base):
         return self.soft_tokens(self._on_device({**samples, **self._for_qformer(read)}))
 
     # Freezing, checkpoints, optimizer
+
+    def recompute(self) -> list[tuple[list[nn.Module], RecomputeMode, int | None]]:
+        """Those of the tower, and the language model's layers, which keep more where the tower is frozen."""
+        return [*super().recompute(), (self.llm.blocks(), self.config.llm.checkpoint, None)]
 
     @classmethod
     def sizes_of(cls, tensors: Mapping[str, Tensor]) -> Sizes:

@@ -191,7 +191,7 @@ class LanguageModel(nn.Module, ABC):
         return self
 
     def blocks(self) -> list[nn.Module]:
-        """Its layers, which may be recomputed."""
+        """Its layers, for recomputation (`engine.recompute`); a sketch has none of them yet."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         return [part for part in self.model.modules() if isinstance(part, GradientCheckpointingLayer)]

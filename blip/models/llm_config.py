@@ -63,6 +63,8 @@ class LLMConfig(Section):
     """Where the language model lies if not where the rest does, such as cuda:1."""
     dropout: bool = False
     """Let its dropout act in training, as LAVIS does, which leaves the frozen model in training mode."""
+    checkpoint: Literal["none", "torch"] = "none"
+    """Recompute its layers' activations in the backward pass, as `model.vit.checkpoint` does of the tower."""
     use_cache: bool = True
     """Keep the past's keys and values in generation; false computes everything again for each token, for
     models that have no cache to be reordered."""

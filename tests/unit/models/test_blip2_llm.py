@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from blip.build import build_model
+from blip.config.typed import typed_section
 from blip.errors import DataError, UsageError
 from blip.models.prompts import split_text, without
+from blip.registry import MODELS
 from tests.reference.small_stage2 import (
     ANSWERS,
     CAPTIONS,
@@ -339,3 +343,29 @@ def test_answers_are_lemmatised_on_request(monkeypatch: pytest.MonkeyPatch) -> N
     assert small_stage2("opt").predict_answers(samples, **how) == ["stars"]
     assert small_stage2("opt", apply_lemmatizer=True).predict_answers(samples, **how) == ["stars!"]
     assert small_stage2("opt").predict_answers({**samples, "apply_lemmatizer": True}, **how) == ["stars!"]
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_layers_of_the_language_model_are_recomputed_where_asked(kind: str) -> None:
+    """Also of one that gets its values only when it is moved; gradients stay the same."""
+
+    def step(how: str) -> tuple[int, dict[str, Tensor]]:
+        llm = {"sizes": {**LLMS[kind], "vocab_size": 400}, "tokenizer": "scenes", "checkpoint": how}
+        own = {**SIZES, "arch": "blip2_llm", "llm_model": "named", "load_llm": False, "llm": llm}
+        config: Any = SimpleNamespace(
+            model=typed_section(MODELS.get("blip2_llm").config_class, {"test": own}),
+            run=SimpleNamespace(seed=0, data_root=None),
+            datasets={},
+        )
+        model = build_model(config, torch.device("cpu")).train()
+        runs: list[int] = []
+        layer = next(part for part in model.llm.blocks()[0].modules() if isinstance(part, nn.Linear))
+        layer.register_forward_hook(lambda *_: runs.append(1))
+        model(captions()).loss.backward()
+        return len(runs), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (once, plain), (twice, again) = step("none"), step("torch")
+    assert (once, twice) == (1, 2)
+    assert "llm_proj.weight" in plain
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(again[name], grad) for name, grad in plain.items())
