@@ -265,16 +265,20 @@ class BlipRetrieval(BlipBase):
         """ITC similarities without temperature, (images, texts)."""
         return similarity(image_feats, text_feats)
 
-    def rerank(self, states: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Matching logits (K, B) of B images with K texts each; an image's keys are computed once.
+    def retrieval_keys(self, states: Tensor) -> ImageKeys:
+        """What all texts look at that B images of `retrieval_images` are matched with, computed once."""
+        return self.text.image_keys(states)
+
+    def rerank(self, keys: ImageKeys, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Matching logits (K, B) of B images with K texts each.
 
         Args:
-            states: (B, P, D_image) from `retrieval_images`.
+            keys: of the B images, from `retrieval_keys`.
             text_ids: int64 (K, B, T).
             text_mask: bool (K, B, T).
         """
         copies, num_images = text_ids.shape[:2]
-        images = [(self.text.image_keys(states), copies)]
+        images = [(keys, copies)]
         logits = self.itm_logits(images, text_ids.flatten(0, 1), text_mask.flatten(0, 1))
         return logits[:, 1].view(copies, num_images)
 

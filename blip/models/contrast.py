@@ -298,7 +298,7 @@ def matching(
 def _share_with_negatives(pool: Pool) -> Tensor:
     """Mean over all N rows of whether the pool has a picture other than the row's."""
     if pool.image_id is None:
-        return torch.tensor(float(pool.total > 1), device=pool.columns.device)
+        return torch.full((), float(pool.total > 1), device=pool.columns.device)  # is not copied there
     same = (pool.image_id[:, None] == pool.image_id[None, :]).sum(dim=1)
     return (same < pool.total).float().mean()
 

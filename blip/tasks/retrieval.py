@@ -74,7 +74,7 @@ class Retrieval(Task):
     """
 
     run_config_class = RetrievalRun
-    needs = ("retrieval_images", "retrieval_texts", "retrieval_scores", "rerank")
+    needs = ("retrieval_images", "retrieval_texts", "retrieval_scores", "retrieval_keys", "rerank")
     monitor: ClassVar[str] = "r_mean"
 
     def scores(self, data: Any = None) -> list[str]:
@@ -146,13 +146,13 @@ class Retrieval(Task):
         """Matching logits of the wanted pairs, (own images, all texts), -inf elsewhere; image by image."""
         scores = torch.full(wanted.shape, -torch.inf, device=wanted.device)
         for i, state in enumerate(states):
-            image = state[None].to(context.device)
+            keys = model.retrieval_keys(state[None].to(context.device))  # for all batches of texts
             # Texts of similar length share a batch, so that little of it is padding.
             texts = sorted(wanted[i].nonzero()[:, 0].tolist(), key=lambda t: len(tokens[t]))
             for at in range(0, len(texts), RERANK_ROWS):
                 some = texts[at : at + RERANK_ROWS]
                 ids, mask = _pad([tokens[t] for t in some], context.device)
-                logits = model.rerank(image, ids[:, None], mask[:, None])[:, 0]
+                logits = model.rerank(keys, ids[:, None], mask[:, None])[:, 0]
                 scores[i, torch.tensor(some, device=scores.device)] = logits.float()
         return scores
 

@@ -131,3 +131,17 @@ def test_without_gradients_of_the_tower_none_is_computed_for_its_states() -> Non
         stack += [parent for parent, _ in current.next_functions]
     # The graph behind the keys ends at parameters alone: a matrix, its bias, and `ln_vision`'s two vectors.
     assert sorted(map(tuple, wide)) == sorted([(12,), (12,), (16,), (16, 12), (16, 12)])
+
+
+@torch.no_grad()
+def test_texts_of_a_re_ranked_picture_are_judged_as_pairs_are() -> None:
+    model, batch = small_model().eval(), global_batch(4, ids=False)
+    _, states = model.retrieval_images(batch)
+    chosen = torch.tensor([[0, 3], [2, 1], [3, 3]])  # of two pictures, three texts each
+    ids, mask = batch["text_ids"], batch["text_mask"]
+    found = model.rerank(model.retrieval_keys(states[:2]), ids[chosen], mask[chosen])
+    for k, texts in enumerate(chosen.tolist()):
+        for image, row in enumerate(texts):
+            normed = model.normed(states[image : image + 1])
+            alone = model.compute_itm(normed, ids[row : row + 1], mask[row : row + 1])
+            torch.testing.assert_close(found[k, image], alone[0])

@@ -311,9 +311,12 @@ def test_features_of_both_kinds_travel_together(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_reads_nothing_back_from_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LAVIS reads each negative back, twice per pair."""
-    model, batch = small_blip(kind), part_of(global_batch(8, ids=True), 0, 8)
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_step_reads_nothing_back_from_the_device(
+    kind: str, ids: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAVIS reads each negative back, twice per pair. Nor does it wait for a number on its way there."""
+    model, batch = small_blip(kind), part_of(global_batch(8, ids=ids), 0, 8)
     batch["num_targets"] = int(batch["text_mask"][:, 1:].sum())  # the trainer counts them before the copy
     reads: list[str] = []
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
@@ -324,6 +327,7 @@ def test_a_step_reads_nothing_back_from_the_device(kind: str, monkeypatch: pytes
             return _original(self, *args, **kw)
 
         monkeypatch.setattr(Tensor, name, noted)
+    monkeypatch.setattr(torch, "tensor", lambda *args, **kw: pytest.fail("a number is copied to the device"))
     output = model(batch)
     output["loss"].backward()
     model.after_step([output])

@@ -108,7 +108,8 @@ def test_the_passes_of_an_evaluation_are_those_of_plain_loops() -> None:
     # Two pictures, three texts each.
     chosen = torch.tensor([[0, 4], [2, 1], [3, 3]])
     with torch.no_grad():
-        logits = model.rerank(states[:2], batch["text_ids"][chosen], batch["text_mask"][chosen])
+        keys = model.retrieval_keys(states[:2])
+        logits = model.rerank(keys, batch["text_ids"][chosen], batch["text_mask"][chosen])
     for k, texts in enumerate(chosen.tolist()):
         for image, row in enumerate(texts):
             ids = [model.text.enc_id, *reference.real(batch, row)[1:]]
@@ -123,7 +124,7 @@ def test_a_batch_of_one_keeps_its_dimensions() -> None:
     text = model.retrieval_texts(batch["text_ids"], batch["text_mask"])
     assert model.retrieval_scores(feats, text).shape == (1, 1)
     ids, mask = batch["text_ids"][None], batch["text_mask"][None]
-    assert model.rerank(states, ids, mask).shape == (1, 1)
+    assert model.rerank(model.retrieval_keys(states), ids, mask).shape == (1, 1)
 
 
 def test_states_in_autocast_s_type_give_the_same_scores_bit_by_bit() -> None:
@@ -135,7 +136,8 @@ def test_states_in_autocast_s_type_give_the_same_scores_bit_by_bit() -> None:
         assert (full.dtype, kept.dtype) == (torch.float32, torch.bfloat16)
         assert torch.equal(feats, model.image_feats(full))
         texts = batch["text_ids"][None], batch["text_mask"][None]
-        assert torch.equal(model.rerank(kept, *texts), model.rerank(full, *texts))
+        one, other = (model.rerank(model.retrieval_keys(states), *texts) for states in (kept, full))
+        assert torch.equal(one, other)
 
 
 # Videos
@@ -210,6 +212,9 @@ def test_presets_are_lavis_recipes() -> None:
     coco, flickr = (BlipRetrieval.presets[name] for name in ("coco", "flickr"))
     assert coco == {**flickr, "negative_all_rank": True}
     assert flickr == {"image_size": 384, "vit_grad_ckpt": True, "vit_ckpt_layer": 4}
+    large = {"vit_type": "large", "vit_drop_path_rate": 0.1}  # the original code's
+    assert BlipRetrieval.presets["large_coco"] == {**coco, **large, "vit_ckpt_layer": 12}
+    assert BlipRetrieval.presets["large_flickr"] == {**flickr, **large, "vit_ckpt_layer": 10}
     config = BlipRetrievalConfig()
     assert (config.queue_size, config.max_txt_len, config.image_id_targets) == (57600, 35, True)
     assert not config.negative_all_rank

@@ -73,10 +73,13 @@ class Watched:
     def retrieval_scores(self, image_feats: Tensor, text_feats: Tensor) -> Tensor:
         return torch.zeros(len(image_feats), len(text_feats))
 
-    def rerank(self, states: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        self.look("ranking")
+    def retrieval_keys(self, states: Tensor) -> Tensor:
         assert states.shape == (1, P, WIDTH)
-        return -(text_ids[..., 0] // 2 - states[:, 0, 0].float()).abs()  # right pairs are the closest ones
+        return states.float()
+
+    def rerank(self, keys: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        self.look("ranking")
+        return -(text_ids[..., 0] // 2 - keys[:, 0, 0]).abs()  # right pairs are the closest ones
 
 
 MEDIANS = {f"{before}{way}_mdR" for before in ("", "itc_") for way in ("txt", "img")}
@@ -113,6 +116,27 @@ def test_what_is_kept_of_pictures_is_what_the_task_says(autocast: Callable[[], A
     model.look("encoding")
     assert not [ref for ref in model.given if ref() is not None]  # nor do predictions hold them
     assert evaluation.metrics()["r_mean"] == 100.0
+
+
+def test_keys_of_a_picture_are_computed_once_for_all_batches_of_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = EvalContext(torch.device("cpu"), 2, nullcontext)
+    plain = task(k_test=24).evaluate(Watched(), Pictures(12), context)
+    monkeypatch.setattr("blip.tasks.retrieval.RERANK_ROWS", 5)
+    calls: dict[str, int] = {"retrieval_keys": 0, "rerank": 0}
+    for name in calls:
+        original = getattr(Watched, name)
+
+        def counted(self: Any, *args: Any, _name: str = name, _original: Any = original) -> Tensor:
+            calls[_name] += 1
+            return _original(self, *args)
+
+        monkeypatch.setattr(Watched, name, counted)
+    found = task(k_test=24).evaluate(Watched(), Pictures(12), context)
+    assert calls == {"retrieval_keys": 12, "rerank": 12 * 5}  # 24 texts
+    assert found.predictions == plain.predictions
+    assert found.metrics() == plain.metrics()
 
 
 def test_nothing_is_kept_of_pictures_that_are_not_re_ranked() -> None:
