@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from blip.models.blip2_llm import Blip2Llm
+from blip.models.blip2_weights import CLIP_L, EVA, LAVIS
 from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, OPT_2_7B, OPT_6_7B
 from blip.registry import MODELS
 
-_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
-EVA = {"vit_init_from": "eva_vit_g.pth"}
 CAPTIONING: dict[str, Any] = {
     **EVA,
     "image_size": 364,
@@ -22,7 +21,7 @@ CAPTIONING: dict[str, Any] = {
 
 def _published(*names: str) -> dict[str, str]:
     """Preset -> address; LAVIS calls the files of the first kind `pretrained_...`."""
-    return {name: f"{_LAVIS}blip2_{_file(name)}.pth" for name in names}
+    return {name: f"{LAVIS}BLIP2/blip2_{_file(name)}.pth" for name in names}
 
 
 def _file(preset: str) -> str:
@@ -53,7 +52,7 @@ class Blip2T5(Blip2Llm):
 
     presets: ClassVar = {
         "pretrain_flant5xl": {**EVA, **FLAN_T5_XL},
-        "pretrain_flant5xl_vitL": {"vit_model": "clip_L", "vit_init_from": "clip_vit_L.pth", **FLAN_T5_XL},
+        "pretrain_flant5xl_vitL": {**CLIP_L, **FLAN_T5_XL},
         "pretrain_flant5xxl": {**EVA, **FLAN_T5_XXL},
         "caption_coco_flant5xl": {**CAPTIONING, **FLAN_T5_XL},
     }

@@ -30,7 +30,7 @@ from blip.layers.text import LMHead, init_bert
 from blip.losses import NegativeSampler, at_least_float32, similarity
 from blip.models.blip2_base import Blip2Base
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
-from blip.models.blip2_weights import STAGE1_STARTS, STAGE1_WEIGHTS, stage1_sizes
+from blip.models.blip2_weights import BERT, CLIP_L, EVA, STAGE1_STARTS, STAGE1_WEIGHTS, stage1_sizes
 from blip.models.contrast import (
     Features,
     Negatives,
@@ -43,9 +43,6 @@ from blip.models.contrast import (
 from blip.models.narrate import caption_loss, decoder_input, decoder_labels
 from blip.registry import MODELS
 
-# What LAVIS's stage 1 always starts from. Building a model reads neither; `load_parts` does.
-EVA = {"vit_init_from": "eva_vit_g.pth"}
-BERT = {"qformer": {"init_from": "bert-base-uncased"}}
 LOSSES = tuple(f"loss_{name}" for name in OBJECTIVES)
 
 
@@ -74,7 +71,7 @@ class Blip2Qformer(Blip2Base):
     config_class = Blip2QformerConfig
     presets: ClassVar = {
         "pretrain": {**EVA, **BERT},
-        "pretrain_vitL": {"vit_model": "clip_L", "vit_init_from": "clip_vit_L.pth", **BERT},
+        "pretrain_vitL": {**CLIP_L, **BERT},
         "coco": {
             **EVA,
             **BERT,

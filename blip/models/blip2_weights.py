@@ -14,11 +14,17 @@ from blip.models.base import Adopted, Sizes
 from blip.models.llm_presets import width_of_llm
 from blip.models.qformer import QFormerConfig
 
-_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+# What LAVIS's BLIP-2 always starts from. Building a model reads none of it; `load_parts` does.
+EVA: dict[str, Any] = {"vit_init_from": "eva_vit_g.pth"}
+CLIP_L: dict[str, Any] = {"vit_model": "clip_L", "vit_init_from": "clip_vit_L.pth"}
+BERT: dict[str, Any] = {"qformer": {"init_from": "bert-base-uncased"}}
+
+LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/"
+"""Where the weights are published."""
 STAGE1_WEIGHTS = {
-    "pretrain": _LAVIS + "blip2_pretrained.pth",
-    "pretrain_vitL": _LAVIS + "blip2_pretrained_vitL.pth",
-    "coco": _LAVIS + "blip2_finetune_coco.pth",
+    "pretrain": LAVIS + "BLIP2/blip2_pretrained.pth",
+    "pretrain_vitL": LAVIS + "BLIP2/blip2_pretrained_vitL.pth",
+    "coco": LAVIS + "BLIP2/blip2_finetune_coco.pth",
 }
 """Preset -> address; the first two lack the tower, which was frozen."""
 STAGE1_STARTS = {**STAGE1_WEIGHTS, "coco": STAGE1_WEIGHTS["pretrain"]}

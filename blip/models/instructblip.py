@@ -15,16 +15,12 @@ from torch import Tensor
 from blip.errors import UsageError
 from blip.models import prompts as ask
 from blip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from blip.models.blip2_weights import BERT, EVA, LAVIS
 from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, VICUNA_7B, VICUNA_13B
 from blip.registry import MODELS
 from blip.templates import dialog
 
-_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/InstructBLIP/"
-# What LAVIS's InstructBLIP starts from, beside the language model, where no weights of the whole are given.
-EVA_AND_BERT: dict[str, Any] = {
-    "vit_init_from": "eva_vit_g.pth",
-    "qformer": {"init_from": "bert-base-uncased"},
-}
+_WEIGHTS = LAVIS + "InstructBLIP/instruct_blip_"
 
 
 @dataclass
@@ -105,12 +101,12 @@ class Blip2T5Instruct(Blip2LlmInstruct):
     """InstructBLIP with FlanT5."""
 
     presets: ClassVar = {
-        "flant5xl": {**EVA_AND_BERT, **FLAN_T5_XL},
-        "flant5xxl": {**EVA_AND_BERT, **FLAN_T5_XXL},
+        "flant5xl": {**EVA, **BERT, **FLAN_T5_XL},
+        "flant5xxl": {**EVA, **BERT, **FLAN_T5_XXL},
     }
     published: ClassVar = {
-        "flant5xl": _LAVIS + "instruct_blip_flanxl_trimmed.pth",
-        "flant5xxl": _LAVIS + "instruct_blip_flanxxl_trimmed.pth",
+        "flant5xl": _WEIGHTS + "flanxl_trimmed.pth",
+        "flant5xxl": _WEIGHTS + "flanxxl_trimmed.pth",
     }
     starts = published
 
@@ -120,12 +116,12 @@ class Blip2VicunaInstruct(Blip2LlmInstruct):
     """InstructBLIP with Vicuna."""
 
     presets: ClassVar = {
-        "vicuna7b": {**EVA_AND_BERT, **VICUNA_7B},
-        "vicuna13b": {**EVA_AND_BERT, **VICUNA_13B},
+        "vicuna7b": {**EVA, **BERT, **VICUNA_7B},
+        "vicuna13b": {**EVA, **BERT, **VICUNA_13B},
     }
     published: ClassVar = {
-        "vicuna7b": _LAVIS + "instruct_blip_vicuna7b_trimmed.pth",
-        "vicuna13b": _LAVIS + "instruct_blip_vicuna13b_trimmed.pth",
+        "vicuna7b": _WEIGHTS + "vicuna7b_trimmed.pth",
+        "vicuna13b": _WEIGHTS + "vicuna13b_trimmed.pth",
     }
     starts = published
     default_processors: ClassVar = {
