@@ -38,6 +38,27 @@ class EvalData(Protocol):
 
 
 @dataclass
+class WritingRun(RunConfig):
+    """Run keys of tasks that have texts written."""
+
+    num_beams: int = 5
+    """Texts that are followed at once."""
+    max_len: int = 30
+    """Longest text, in tokens, as the model counts them."""
+    min_len: int = 1
+    """Shortest text, likewise."""
+    length_penalty: float | None = None
+    """Scores of beams are divided by the length to this power; None: the model's own."""
+
+    def problems(self) -> list[str]:
+        """Settings of generation that make no sense."""
+        found = super().problems() + self._at_least(1, "num_beams", "max_len") + self._at_least(0, "min_len")
+        if self.min_len > self.max_len:
+            found.append(f"min_len: {self.min_len} is above max_len ({self.max_len})")
+        return found
+
+
+@dataclass
 class Evaluation:
     """What one evaluation gives: what the model said about each sample, and how to score it."""
 

@@ -9,11 +9,10 @@ from typing import Any, ClassVar, Protocol
 
 from blip import dist
 from blip.batch import EvalContext, to_device
-from blip.config.schema import RunConfig
 from blip.errors import ConfigError, hint
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names, unavailable
 from blip.registry import TASKS
-from blip.tasks.base import EvalData, Evaluation, Prediction, Task
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun
 from blip.together import on_main
 
 log = logging.getLogger(__name__)
@@ -36,17 +35,11 @@ class CaptionData(EvalData, Protocol):
 
 
 @dataclass
-class CaptioningRun(RunConfig):
+class CaptioningRun(WritingRun):
     """Run keys of captioning."""
 
     use_nucleus_sampling: bool = False
     """Draw the words, with `top_p`, `top_k` and `temperature`, instead of following beams."""
-    num_beams: int = 5
-    """Captions that are followed at once."""
-    max_len: int = 30
-    """Longest caption, in tokens, as the model counts them."""
-    min_len: int = 1
-    """Shortest caption, likewise."""
     top_p: float = 0.9
     """Draw among the fewest tokens that have this probability together."""
     top_k: int = 50
@@ -66,14 +59,8 @@ class CaptioningRun(RunConfig):
 
     def problems(self) -> list[str]:
         """Settings of generation that make no sense."""
-        found = (
-            super().problems()
-            + self._at_least(1, "num_beams", "max_len")
-            + self._at_least(0, "min_len", "top_k")
-        )
-        if self.min_len > self.max_len:
-            found.append(f"min_len: {self.min_len} is above max_len ({self.max_len})")
-        found += self._within(1e-6, 1.0, "top_p") + self._at_least(1e-6, "temperature", "repetition_penalty")
+        found = super().problems() + self._at_least(0, "top_k") + self._within(1e-6, 1.0, "top_p")
+        found += self._at_least(1e-6, "temperature", "repetition_penalty")
         found += [
             f"java_metrics: there is no {name!r}{hint(name, JAVA_SCORES)}"
             for name in self.java_metrics or ()

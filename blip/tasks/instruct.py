@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from blip import dist
 from blip.batch import EvalContext, to_device
-from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names
 from blip.metrics.vqa import AnswerScores, exact_match, vqa_accuracy
 from blip.registry import TASKS
-from blip.tasks.base import EvalData, Evaluation, Prediction, Task, rows_of, seen_once
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun, rows_of, seen_once
 from blip.together import on_main
 
 RIGHT = 0.5
@@ -49,7 +48,7 @@ class InstructionData(EvalData, Protocol):
 
 
 @dataclass
-class InstructRun(RunConfig):
+class InstructRun(WritingRun):
     """Run keys of instruction tuning."""
 
     inference_method: Literal["auto", "generate", "rank"] = "auto"
@@ -58,12 +57,6 @@ class InstructRun(RunConfig):
     Captions, and questions that are asked for, are written in any case."""
     num_ans_candidates: int = 1000
     """Instructions with more candidates than this, and without choices of their own, are written to."""
-    num_beams: int = 5
-    """Texts that are followed at once."""
-    max_len: int = 30
-    """Longest text that is written, in tokens."""
-    min_len: int = 1
-    """Shortest one."""
     length_penalty: float | None = None
     """Scores of beams are divided by the length to this power; None: the model's, of captions or answers."""
     repetition_penalty: float | None = None
@@ -71,11 +64,8 @@ class InstructRun(RunConfig):
 
     def problems(self) -> list[str]:
         """Settings of generation and ranking that make no sense."""
-        found = super().problems() + self._at_least(1, "num_ans_candidates", "num_beams", "max_len")
-        found += self._at_least(0, "min_len") + self._at_least(1e-6, "repetition_penalty")
-        if self.min_len > self.max_len:
-            found.append(f"min_len: {self.min_len} is above max_len ({self.max_len})")
-        return found
+        found = super().problems() + self._at_least(1, "num_ans_candidates")
+        return found + self._at_least(1e-6, "repetition_penalty")
 
     def generation(self) -> dict[str, Any]:
         """Arguments of the model's `generate`; what is left to the model is not among them."""

@@ -8,11 +8,10 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from blip import dist
 from blip.batch import EvalContext, to_device
-from blip.config.schema import RunConfig
 from blip.errors import ConfigError
 from blip.metrics.vqa import AnswerScores, direct_accuracy, exact_match, vqa_accuracy
 from blip.registry import TASKS
-from blip.tasks.base import EvalData, Evaluation, Prediction, Task, rows_of, seen_once
+from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun, rows_of, seen_once
 
 RIGHT = 0.5
 """An answer of at least this accuracy counts as right in predictions; of ten people, two gave it."""
@@ -54,7 +53,7 @@ class QuestionData(EvalData, Protocol):
 
 
 @dataclass
-class VqaRun(RunConfig):
+class VqaRun(WritingRun):
     """Run keys of question answering."""
 
     inference_method: Literal["rank", "generate"] = "rank"
@@ -65,20 +64,12 @@ class VqaRun(RunConfig):
     """Answers that are followed at once (`generate`)."""
     max_len: int = 10
     """Longest generated answer, in tokens."""
-    min_len: int = 1
-    """Shortest generated answer, in tokens."""
-    length_penalty: float | None = None
-    """Scores of beams are divided by the length to this power; None: the model's own."""
     prompt: str = ""
     """Put around each question, which stands where the prompt has `{}`."""
 
     def problems(self) -> list[str]:
         """Settings of generation and ranking that make no sense."""
-        found = super().problems() + self._at_least(1, "num_ans_candidates", "num_beams", "max_len")
-        found += self._at_least(0, "min_len")
-        if self.min_len > self.max_len:
-            found.append(f"min_len: {self.min_len} is above max_len ({self.max_len})")
-        return found
+        return super().problems() + self._at_least(1, "num_ans_candidates")
 
     def inference(self) -> dict[str, Any]:
         """Arguments of the model's `predict_answers`; what is left to the model is not among them."""
