@@ -1,4 +1,7 @@
-"""BLIP as it is used without training: features of images, texts and pairs, and whether a pair matches."""
+"""BLIP as it is used without training: features of images, texts and pairs, and whether a pair matches.
+
+Both can be evaluated as retrieval, the former by similarity alone (`run.k_test: 0`).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from blip.layers.masks import padding_mask
 from blip.losses import at_least_float32
 from blip.models.blip_base import BlipBase
 from blip.models.blip_config import BlipConfig
+from blip.models.blip_ranking import Comparing, Judging
 from blip.models.blip_weights import PUBLISHED
 from blip.registry import MODELS
 
@@ -38,7 +42,7 @@ class BlipFeaturesConfig(BlipConfig):
 
 
 @MODELS.register("blip_feature_extractor")
-class BlipFeatureExtractor(BlipBase):
+class BlipFeatureExtractor(Comparing, BlipBase):
     """A tower, a text encoder and the projections of both into the contrastive space."""
 
     config_class: ClassVar[type[BlipFeaturesConfig]] = BlipFeaturesConfig
@@ -97,7 +101,7 @@ class BlipMatchingConfig(BlipFeaturesConfig):
 
 
 @MODELS.register("blip_image_text_matching")
-class BlipImageTextMatching(BlipFeatureExtractor):
+class BlipImageTextMatching(Judging, BlipFeatureExtractor):
     """A judge of pairs.
 
     Shape:
@@ -126,12 +130,11 @@ class BlipImageTextMatching(BlipFeatureExtractor):
         if match_head not in HEADS:
             raise UsageError(f"match_head: unknown head {match_head!r}{hint(match_head, HEADS)}")
         samples = self.with_text(samples)
-        ids, mask = samples["text_ids"], samples["text_mask"]
         states = self.image_states(samples)
         if match_head == "itm":
-            return self.itm_logits([(self.text.image_keys(states), 1)], ids, mask)
-        text = self.text.unimodal(ids, mask, first_only=True)
-        return _unit(self.vision_proj(at_least_float32(states[:, 0]))) @ _unit(self.text_proj(text[:, 0])).T
+            images = [(self.retrieval_keys(states), 1)]
+            return self.itm_logits(images, samples["text_ids"], samples["text_mask"])
+        return self.image_feats(states)[:, 0] @ self.text_feats(samples).T
 
     def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
         """(B,) raw matching logits of aligned pairs.
@@ -141,7 +144,7 @@ class BlipImageTextMatching(BlipFeatureExtractor):
             text_ids: int64 (B, T).
             text_atts: bool or 0/1 (B, T).
         """
-        images = [(self.text.image_keys(image_inputs), 1)]
+        images = [(self.retrieval_keys(image_inputs), 1)]
         return self.itm_logits(images, text_ids, text_atts.bool())[:, 1]
 
     def itm_logits(self, images: list[tuple[ImageKeys, int]], text_ids: Tensor, text_mask: Tensor) -> Tensor:

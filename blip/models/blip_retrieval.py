@@ -25,9 +25,10 @@ from blip import dist
 from blip.batch import Output
 from blip.layers.attention import ImageKeys
 from blip.layers.momentum import FeatureQueue, MomentumTwin
-from blip.losses import NegativeSampler, at_least_float32, similarity
+from blip.losses import NegativeSampler, at_least_float32
 from blip.models.blip_base import BlipBase, ramp
 from blip.models.blip_config import MomentumConfig
+from blip.models.blip_ranking import Judging
 from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.contrast import (
     Contrasted,
@@ -76,8 +77,11 @@ class EveryonesFeatures(NamedTuple):
     """int64 (N,)."""
 
 
+_LARGE = {"image_size": 384, "vit_type": "large", "vit_drop_path_rate": 0.1, "vit_grad_ckpt": True}
+
+
 @MODELS.register("blip_retrieval")
-class BlipRetrieval(BlipBase):
+class BlipRetrieval(Judging, BlipBase):
     """Tower, text encoder, projections, ITM head; momentum twin and queue.
 
     Shape:
@@ -97,6 +101,9 @@ class BlipRetrieval(BlipBase):
             "negative_all_rank": True,
         },
         "flickr": {"image_size": 384, "vit_grad_ckpt": True, "vit_ckpt_layer": 4},
+        # The original code's; LAVIS has none with ViT-L.
+        "large_coco": {**_LARGE, "vit_ckpt_layer": 12, "negative_all_rank": True},
+        "large_flickr": {**_LARGE, "vit_ckpt_layer": 10},
     }
     published: ClassVar = PUBLISHED["blip_retrieval"]
     starts: ClassVar = STARTS["blip_retrieval"]
@@ -142,22 +149,6 @@ class BlipRetrieval(BlipBase):
         states = self.image_states(batch)
         feats = Features(self.image_feats(states), self.text_feats(batch))
         return Views(states, feats, self.text.image_keys(states))
-
-    def image_feats(self, states: Tensor, proj: nn.Module | None = None) -> Tensor:
-        """(B, 1, E), unit norm, from [CLS]; of a video, from the mean over its frames.
-
-        Args:
-            states: (B, P, D_image), or (B, F * P, D_image).
-            proj: another projection than the model's own, that of its twin.
-        """
-        proj = self.vision_proj if proj is None else proj
-        frames = states.unflatten(1, (-1, self.vision.num_tokens))[:, :, 0]  # (B, F, D_image)
-        return F.normalize(at_least_float32(proj(at_least_float32(frames))).mean(dim=1, keepdim=True), dim=-1)
-
-    def text_feats(self, batch: dict[str, Any]) -> Tensor:
-        """(B, E), unit norm, from [CLS]."""
-        states = self.text.unimodal(batch["text_ids"], batch["text_mask"], first_only=True)
-        return F.normalize(at_least_float32(self.text_proj(states[:, 0])), dim=-1)
 
     @torch.no_grad()
     def twin_feats(self, batch: dict[str, Any]) -> Features:
@@ -223,11 +214,6 @@ class BlipRetrieval(BlipBase):
         images = [(views.keys, 2), (wrong, 1)]
         return matching(batch, pool, negatives, lambda ids, mask: self.itm_logits(images, ids, mask))
 
-    def itm_logits(self, images: list[tuple[ImageKeys, int]], text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """(R, 2): the head on the [ENC] state of texts that look at images."""
-        states = self.text.grounded(text_ids, text_mask, images, first_only=True)
-        return self.itm_head(states[:, 0])
-
     def num_contrasted(self, batch: int) -> int:
         """The own rank's rows, or all, and the queue."""
         return (batch if self.config.itc_all_rank else batch // dist.world_size()) + len(self.queue)
@@ -243,44 +229,6 @@ class BlipRetrieval(BlipBase):
         """The queue's features stay, but whose they are means nothing in another run's data."""
         self.queue.forget_ids()
         self.temp.data.clamp_(self.config.min_temp, self.config.max_temp)
-
-    # Retrieval (tasks/retrieval.py)
-
-    def retrieval_images(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Image features (B, 1, E), and the tower's states (B, P, D_image) for `rerank`.
-
-        Under autocast the states come in its type, in which the cross-attention reads them anyhow.
-        """
-        states = self.image_states(batch)
-        kind, kept = states.device.type, states
-        if torch.is_autocast_enabled(kind) and states.dtype == torch.float32:
-            kept = states.to(torch.get_autocast_dtype(kind))
-        return self.image_feats(states), kept
-
-    def retrieval_texts(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Text features (B, E)."""
-        return self.text_feats({"text_ids": text_ids, "text_mask": text_mask})
-
-    def retrieval_scores(self, image_feats: Tensor, text_feats: Tensor) -> Tensor:
-        """ITC similarities without temperature, (images, texts)."""
-        return similarity(image_feats, text_feats)
-
-    def retrieval_keys(self, states: Tensor) -> ImageKeys:
-        """What all texts look at that B images of `retrieval_images` are matched with, computed once."""
-        return self.text.image_keys(states)
-
-    def rerank(self, keys: ImageKeys, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Matching logits (K, B) of B images with K texts each.
-
-        Args:
-            keys: of the B images, from `retrieval_keys`.
-            text_ids: int64 (K, B, T).
-            text_mask: bool (K, B, T).
-        """
-        copies, num_images = text_ids.shape[:2]
-        images = [(keys, copies)]
-        logits = self.itm_logits(images, text_ids.flatten(0, 1), text_mask.flatten(0, 1))
-        return logits[:, 1].view(copies, num_images)
 
     # Weights
 

@@ -31,6 +31,8 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "blip_retrieval": {
         "coco": _LAVIS + "blip_coco_retrieval.pth",
         "flickr": _LAVIS + "blip_flickr_retrieval.pth",
+        "large_coco": _BLIP + "model_large_retrieval_coco.pth",
+        "large_flickr": _BLIP + "model_large_retrieval_flickr.pth",
     },
     "blip_caption": {
         "base_coco": _LAVIS + "blip_coco_caption_base.pth",
@@ -48,7 +50,8 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "large": _BLIP + "model_large_retrieval_coco.pth",
     },
 }
-"""Registry name -> preset -> address, as LAVIS's model configurations name them."""
+"""Registry name -> preset -> address, as LAVIS's model configurations name them; of retrieval with ViT-L, as
+BLIP's README does."""
 
 _CAPFILT, _ANSWERS = _BLIP + "model_base_capfilt_large.pth", _BLIP + "model_base_vqa_capfilt_large.pth"
 STARTS: dict[str, dict[str, str]] = {

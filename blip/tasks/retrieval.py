@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from blip import dist
 from blip.batch import EvalContext, to_device
 from blip.config.schema import RunConfig
-from blip.errors import DataError
+from blip.errors import ConfigError, DataError
 from blip.metrics.retrieval import NOT_FOUND, recalls_from_ranks
 from blip.registry import TASKS
 from blip.tasks.base import EvalData, Evaluation, Prediction, Task
@@ -74,8 +74,17 @@ class Retrieval(Task):
     """
 
     run_config_class = RetrievalRun
-    needs = ("retrieval_images", "retrieval_texts", "retrieval_scores", "retrieval_keys", "rerank")
+    needs = ("retrieval_images", "retrieval_texts", "retrieval_scores")
     monitor: ClassVar[str] = "r_mean"
+
+    def check(self, model: Any) -> None:
+        """Raise where `model` has no features to compare, or no judge of pairs and `k_test` asks for one."""
+        super().check(model)
+        if self.config.k_test and not (hasattr(model, "retrieval_keys") and hasattr(model, "rerank")):
+            raise ConfigError(
+                f"run.k_test: {self.config.k_test}, but {model.config.arch!r} has no matching head to re-rank"
+                " with; set it to 0"
+            )
 
     def scores(self, data: Any = None) -> list[str]:
         """Recalls; those of similarity alone have their own names where there are matching scores too.

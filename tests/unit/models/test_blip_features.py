@@ -135,6 +135,24 @@ def test_matching_is_retrieval_without_what_trains_it() -> None:
     assert set(features) - set(own) == {"temp"}
 
 
+@torch.no_grad()
+def test_matching_ranks_as_retrieval_does() -> None:
+    """The same features, states and scores, whose plain loops stand in test_blip_retrieval."""
+    retrieval, matching = small_blip("retrieval").eval(), small_blip("matching").eval()
+    matching.load_state_dict({n: t for n, t in retrieval.state_dict().items() if n in matching.state_dict()})
+    batch = global_batch(ROWS, ids=False)
+    found = []
+    for model in (retrieval, matching):
+        feats, states = model.retrieval_images(batch)
+        text = model.retrieval_texts(batch["text_ids"], batch["text_mask"])
+        keys = model.retrieval_keys(states)
+        logits = model.rerank(keys, batch["text_ids"][None], batch["text_mask"][None])
+        found.append((model.retrieval_scores(feats, text), logits))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[1][1][0], matching(batch)[:, 1])
+
+
 def test_presets_are_lavis() -> None:
     assert BlipFeatureExtractor.presets == {"base": {"image_size": 224}}
     assert BlipImageTextMatching.presets["base"] == {"image_size": 384}

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from blip.batch import EvalContext
-from blip.errors import DataError
+from blip.errors import ConfigError, DataError
 from blip.registry import TASKS
 from blip.tasks.retrieval import Retrieval, RetrievalRun
+from tests.reference.small_blip import small_blip
 from tests.unit.tasks.conftest import FakeData
 
 
@@ -143,3 +144,12 @@ def test_nothing_is_kept_of_pictures_that_are_not_re_ranked() -> None:
     model, data = Watched(), Pictures(12)
     task(k_test=0).evaluate(model, data, EvalContext(torch.device("cpu"), 2, nullcontext))
     assert model.peak == {"encoding": 2 * P * WIDTH * 4, "ranking": 0}  # one batch at a time
+
+
+def test_re_ranking_needs_a_judge_and_similarity_alone_does_not() -> None:
+    features = small_blip("features")
+    features.config.arch = "blip_feature_extractor"
+    task(k_test=0).check(features)
+    with pytest.raises(ConfigError, match="128, but 'blip_feature_extractor' has no matching head"):
+        task(k_test=128).check(features)
+    task(k_test=128).check(small_blip("matching"))
