@@ -30,10 +30,11 @@ from blip.models.llm_build import (
     read_tokenizer,
     suit_vocabulary,
 )
-from blip.models.llm_config import DTYPES, LLMConfig, LoraConfig
+from blip.models.llm_config import LLMConfig, LoraConfig
 from blip.models.llm_tokenizer import LlmTokenizer
 from blip.models.llm_writer import CausalWriter, Seq2SeqWriter, Writer, logits_at
 from blip.models.narrate import target_rows
+from blip.models.vision import DTYPES
 
 __all__ = ["CausalLM", "LLMConfig", "LanguageModel", "LlmTokenizer", "LoraConfig", "Seq2SeqLM", "build_llm"]
 

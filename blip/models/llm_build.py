@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from blip.errors import CheckpointError, ConfigError, brief, hint
-from blip.models.llm_config import DTYPES, LLMConfig, LoraConfig
+from blip.models.llm_config import LLMConfig, LoraConfig
 from blip.models.llm_tokenizer import Kind, LlmTokenizer, locate
+from blip.models.vision import DTYPES
 from blip.weights import some
 
 _ACTIVATIONS = ("dense_act_fn", "hidden_act", "activation_function", "hidden_activation")

@@ -9,8 +9,6 @@ import torch
 
 from blip.config.schema import Section
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 @dataclass
 class LoraConfig(Section):

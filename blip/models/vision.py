@@ -28,7 +28,7 @@ PUBLISHED = {name: _LAVIS + name for name in ("eva_vit_g.pth", "clip_vit_L.pth")
 """Files of tower weights that presets name -> where LAVIS publishes them."""
 
 _MODEL_KEYS = ("image_size:", "drop_path_rate:")
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 RecomputeMode = Literal["none", "torch", "offload"]
 
@@ -214,14 +214,7 @@ class VisionTower(nn.Module):
             parameter.requires_grad_(False)
             parameter.grad = None
         if self.config.precision != "fp32":  # which leaves everything as it is, float64 too
-            self._cast(_DTYPES[self.config.precision])
-
-    def unfreeze(self) -> None:
-        """Let the tower train again, in float32; what `freeze` rounded stays so. Call `train()` next."""
-        self.frozen = False
-        self._cast(torch.float32)
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)
+            self._cast(DTYPES[self.config.precision])
 
     def load_initial(self, data_root: str | Path | None = None) -> list[str]:
         """Load the weights that `config.init_from` names; returns one line of report, or none.
@@ -269,7 +262,7 @@ class VisionTower(nn.Module):
         if self.config.precision == "fp32":
             yield None
             return
-        dtype = _DTYPES[self.config.precision]
+        dtype = DTYPES[self.config.precision]
         with torch.autocast(device_type, dtype=dtype):
             yield dtype
 
