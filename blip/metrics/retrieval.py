@@ -1,4 +1,4 @@
-"""Recall at k of image-text retrieval, both directions, with LAVIS's names."""
+"""Measures of rankings: recall at k of image-text retrieval, with LAVIS's names, and ROC-AUC."""
 
 from __future__ import annotations
 
@@ -116,3 +116,20 @@ def _count(rows: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """How many wrong candidates score at least as high as the right one (rows, 1)."""
     ranks = ((rows >= right) & wrong).sum(dim=1)
     return ranks.masked_fill(right[:, 0] == -torch.inf, NOT_FOUND).cpu()
+
+
+def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    """Area under the ROC curve: how often a positive one scores above a negative one, ties half.
+
+    Args:
+        scores: of N items; a higher one says positive.
+        positive: which they are; some of each kind.
+
+    Returns:
+        Share of the pairs, 0 to 1 (Mann and Whitney's U, divided by their number).
+    """
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    negative = np.sort(values[~truth])
+    below = np.searchsorted(negative, values[truth], side="left")
+    up_to = np.searchsorted(negative, values[truth], side="right")
+    return float((below + up_to).sum() / (2 * len(negative) * truth.sum()))

@@ -70,6 +70,23 @@ class Blip2LlmInstruct(Blip2Llm):
         Raises:
             UsageError: no candidates for a picture, or no parts.
         """
+        scores = self.class_scores(samples, candidates, n_segments, prompt)
+        if isinstance(scores, Tensor):
+            return scores.argsort(dim=1, descending=True, stable=True)
+        return [row.argsort(descending=True, stable=True) for row in scores]
+
+    def class_scores(
+        self,
+        samples: dict[str, Any],
+        candidates: Sequence[str] | Sequence[Sequence[str]],
+        n_segments: int = 1,
+        prompt: str | Sequence[str] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Log-probability of each candidate behind its prompt; arguments and errors as `predict_class`.
+
+        Returns:
+            float32 (B, N); of lists of different length a list of (N,).
+        """
         samples = {key: value for key, value in samples.items() if key != "ocr_tokens"}
         prompts = ask.class_prompts(samples, self.prompts(samples, prompt))
         own = candidates and not isinstance(candidates[0], str)
@@ -78,18 +95,17 @@ class Blip2LlmInstruct(Blip2Llm):
         if n_segments < 1:
             raise UsageError(f"n_segments: {n_segments} is below 1")
         if not own:
-            return self._ranked(samples, prompts, list(candidates), n_segments)  # type: ignore[arg-type]
+            return self._in_parts(samples, prompts, list(candidates), n_segments)  # type: ignore[arg-type]
         found = []
         for row, some in enumerate(candidates):
             one = {k: v[row : row + 1] if isinstance(v, Tensor | list) else v for k, v in samples.items()}
-            found.append(self._ranked(one, prompts[row : row + 1], list(some), n_segments)[0])
-        return torch.stack(found) if len({len(order) for order in found}) == 1 else found
+            found.append(self._in_parts(one, prompts[row : row + 1], list(some), n_segments)[0])
+        return torch.stack(found) if len({len(scores) for scores in found}) == 1 else found
 
-    def _ranked(
+    def _in_parts(
         self, samples: dict[str, Any], prompts: list[str], candidates: list[str], n_segments: int
     ) -> Tensor:
-        scores = self._scores(samples, prompts, prompts, candidates, -(-len(candidates) // n_segments))
-        return scores.argsort(dim=1, descending=True, stable=True)
+        return self._scores(samples, prompts, prompts, candidates, -(-len(candidates) // n_segments))
 
     def dialog(self, message: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """A conversation as one prompt: what was said is put in front as of ranking, the first turn bare."""

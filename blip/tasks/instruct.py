@@ -11,11 +11,14 @@ from blip import dist
 from blip.batch import EvalContext, to_device
 from blip.errors import ConfigError
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names
+from blip.metrics.retrieval import roc_auc
 from blip.metrics.vqa import AnswerScores, exact_match, vqa_accuracy
 from blip.registry import TASKS
 from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun, rows_of, seen_once
 from blip.together import on_main
 
+BINARY = {"yes": ("yes", "true"), "no": ("no", "false")}
+"""Words that stand for the two answers of a question that has no others (InstructBLIP, section 2.6)."""
 RIGHT = 0.5
 """An output of at least this accuracy counts as right in predictions."""
 
@@ -85,6 +88,8 @@ class Made(NamedTuple):
     text: str
     order: Sequence[str] = ()
     """Candidates from the most to the least likely one, as far as the model tells; empty: it was written."""
+    log_odds: float | None = None
+    """Of yes against no, where these are all candidates and the model tells."""
 
 
 @TASKS.register("instruct_tuning")
@@ -93,6 +98,7 @@ class InstructTuning(Task):
 
     Both are cleaned as answers to questions are; where several people answered, it is the VQA accuracy.
     `MRR`, the mean reciprocal rank in percent, where more than two candidates are ranked (VisDial's measure).
+    `AUC`, in percent, of the odds of yes against no, where there is nothing else to choose (HatefulMemes).
     Where captions or questions are to be written, also `CIDEr`, `Bleu_1` to `Bleu_4` and `ROUGE_L`.
     """
 
@@ -119,18 +125,20 @@ class InstructTuning(Task):
     def scores(self, data: InstructionData | None = None) -> list[str]:
         """The accuracy, that of each type, and what is measured of rankings and of captions.
 
-        `MRR` is there only if the model tells an order, too.
+        `MRR` and `AUC` are there only if the model tells how likely candidates are, too.
         """
         in_words = score_names(JAVA_SCORES)
         if data is None:
-            return ["acc", "type_*", "MRR", *in_words]
-        own, ranked = AnswerScores(), False
+            return ["acc", "type_*", "MRR", "AUC", *in_words]
+        own, ranked, binary = AnswerScores(), False, set[str]()
         for index in range(len(data)):
             if truths := data.references(index):
                 own.add(0.0, data.task_type(index))
-                listed = [] if ranked else self.candidates(data, index)
+                listed = self.candidates(data, index)
                 ranked = ranked or (len(listed) > 2 and truths[0] in listed)
+                binary |= {truths[0]} if _is_binary(listed) else set()
         found = list(own.means("acc", questions="type")) + (["MRR"] if ranked else [])
+        found += ["AUC"] if binary.issuperset(BINARY) else []
         return found + (in_words if data.in_words and own.rows else [])
 
     def evaluate(self, model: Any, data: InstructionData, context: EvalContext) -> Evaluation:
@@ -166,7 +174,7 @@ class InstructTuning(Task):
         for listed, rows in groups.items():
             own = rows_of(samples, rows, len(indices))
             if listed:
-                made = [Made(order[0], order) for order in _ranked(model, own, listed)]
+                made = _ranked(model, own, listed)
             else:
                 texts = model.generate(own, prompt=list(own["text_input"]), **self._how(model, data))
                 made = [Made(text) for text in texts]
@@ -189,6 +197,9 @@ class InstructTuning(Task):
         found = AnswerScores(dist.gather_lists(own.rows)).means("acc", questions="type")
         if every := dist.gather_lists(1 / p["rank"] for p in predictions if "rank" in p):
             found["MRR"] = 100 * math.fsum(every) / len(every)
+        odds = dist.gather_lists((p["log_odds"], p["truth"][0] == "yes") for p in predictions if _judged(p))
+        if len({positive for _, positive in odds}) == 2:
+            found["AUC"] = 100 * roc_auc(*zip(*odds, strict=True))
         return found | (self._as_captions(data, predictions) if data.in_words else {})
 
     def _as_captions(self, data: InstructionData, predictions: list[Prediction]) -> dict[str, float]:
@@ -205,15 +216,32 @@ class InstructTuning(Task):
         return on_main(score)
 
 
-def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str]) -> list[list[str]]:
-    """Candidates from the most to the least likely one for each instruction; the best only if that is all."""
-    if hasattr(model, "predict_class"):
-        samples = dict(samples)
-        prompts = list(samples.pop("text_input"))
-        orders = model.predict_class(samples, candidates=list(listed), prompt=prompts)
-        return [[listed[number] for number in order] for order in orders.tolist()]
-    how = {"inference_method": "rank", "answer_list": list(listed), "prompt": "{}"}
-    return [[text] for text in model.predict_answers(samples, **how)]
+def _is_binary(listed: Sequence[str]) -> bool:
+    return len(listed) == len(BINARY) and set(listed) == set(BINARY)
+
+
+def _judged(prediction: Prediction) -> bool:
+    return "log_odds" in prediction and prediction["truth"][:1] in (["yes"], ["no"])
+
+
+def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str]) -> list[Made]:
+    """The likeliest candidate for each instruction, and the others in order if the model tells."""
+    if not hasattr(model, "class_scores"):
+        how = {"inference_method": "rank", "answer_list": list(listed), "prompt": "{}"}
+        return [Made(text, [text]) for text in model.predict_answers(samples, **how)]
+    samples = dict(samples)
+    prompts = list(samples.pop("text_input"))
+    binary = _is_binary(listed)
+    words = [word for text in listed for word in (BINARY[text] if binary else (text,))]
+    scores = model.class_scores(samples, candidates=words, prompt=prompts)  # (B, N)
+    if binary:
+        scores = scores.view(len(prompts), len(listed), -1).logsumexp(dim=2)
+    made = []
+    for row, order in zip(scores, scores.argsort(dim=1, descending=True, stable=True).tolist(), strict=True):
+        ordered = [listed[number] for number in order]
+        odds = float(row[listed.index("yes")] - row[listed.index("no")]) if binary else None
+        made.append(Made(ordered[0], ordered, odds))
+    return made
 
 
 def _prediction(data: InstructionData, index: int, made: Made) -> Prediction:
@@ -231,6 +259,8 @@ def _prediction(data: InstructionData, index: int, made: Made) -> Prediction:
     if truths:
         found["accuracy"] = round(_accuracy(data, made.text, truths), 4)
         found["right"] = found["accuracy"] >= RIGHT
+    if made.log_odds is not None:
+        found["log_odds"] = round(made.log_odds, 4)
     if len(made.order) > 2 and truths and truths[0] in made.order:
         found["rank"] = 1 + made.order.index(truths[0])
     return found

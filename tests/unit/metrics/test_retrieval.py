@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from blip.metrics import retrieval
-from blip.metrics.retrieval import NOT_FOUND, ranks_of_images, ranks_of_texts, recalls, recalls_from_ranks
+from blip.metrics.retrieval import (
+    NOT_FOUND,
+    ranks_of_images,
+    ranks_of_texts,
+    recalls,
+    recalls_from_ranks,
+    roc_auc,
+)
 
 
 def naive_rank(scores: list[float], right: set[int]) -> int:
@@ -112,3 +119,11 @@ def test_images_without_a_text_are_left_out() -> None:
 
 def test_no_queries_give_zero_and_no_error() -> None:
     assert recalls_from_ranks(np.array([]), np.array([]))["r_mean"] == 0.0
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order() -> None:
+    rng = np.random.default_rng(3)
+    scores, positive = rng.integers(0, 8, 60) / 4, rng.random(60) < 0.3  # with ties
+    pairs = [(a > b) + (a == b) / 2 for a in scores[positive] for b in scores[~positive]]
+    assert roc_auc(scores.tolist(), positive.tolist()) == pytest.approx(np.mean(pairs), abs=1e-12)
+    assert roc_auc([1.0, 2.0, 3.0], [False, False, True]) == 1.0

@@ -66,12 +66,12 @@ class Ranker(Writer):
     def image_states(self, samples: dict[str, Any]) -> Tensor:
         return samples["image"].flatten(1)
 
-    def predict_class(self, samples: dict[str, Any], candidates: list[str], prompt: list[str]) -> Tensor:
+    def class_scores(self, samples: dict[str, Any], candidates: list[str], prompt: list[str]) -> Tensor:
         assert "text_input" not in samples
         self.calls.append(
             ("order", prompt, {"candidates": candidates, "rows": len(samples.get("image_embeds", prompt))})
         )
-        return torch.arange(len(candidates)).flip(0).expand(len(prompt), -1)
+        return torch.arange(len(candidates)).float().expand(len(prompt), -1)
 
 
 def task(**run: Any) -> Any:
@@ -180,6 +180,30 @@ def test_the_reciprocal_rank_is_that_of_the_right_candidate(monkeypatch: pytest.
     found = task(inference_method="rank").evaluate(Ranker(), Told(4), CONTEXT)
     assert [p.get("rank") for p in found.predictions] == [2, None, None, 2]  # of two, the rank says no more
     assert found.metrics()["MRR"] == pytest.approx(50.0)
+
+
+def test_yes_and_no_have_synonyms_and_are_compared_by_their_odds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Log-probabilities of yes, true, no, false for each instruction.
+    scores = torch.tensor([[-1.0, -9, -2, -9], [-3, -1, -2, -9], [-3, -9, -2, -2.5], [-4, -9, -2, -9]])
+
+    class Judge(Ranker):
+        def class_scores(self, samples: dict[str, Any], candidates: list[str], prompt: list[str]) -> Tensor:
+            assert candidates == ["yes", "true", "no", "false"]
+            return scores[[int(text.split()[1]) for text in prompt]]
+
+    truths = [["yes"], ["yes"], ["yes"], ["no"]]
+    monkeypatch.setattr(Told, "references", lambda self, index: truths[index])
+    monkeypatch.setattr(Told, "choices", lambda self, index: ["yes", "no"])
+    found = task(inference_method="auto").evaluate(Judge(), Told(4), CONTEXT)
+    assert [p["answer"] for p in found.predictions] == ["yes", "yes", "no", "no"]
+    odds = (scores[:, :2].logsumexp(1) - scores[:, 2:].logsumexp(1)).tolist()
+    assert [p["log_odds"] for p in found.predictions] == pytest.approx(odds, abs=1e-4)
+    measured = found.metrics()
+    assert measured["AUC"] == pytest.approx(100.0)  # the only "no" has the lowest odds
+    assert measured["acc"] == pytest.approx(75.0)
+    assert "AUC" in task().scores(Told(4))
+    monkeypatch.setattr(Told, "references", lambda self, index: ["yes"])
+    assert "AUC" not in task(inference_method="auto").evaluate(Judge(), Told(4), CONTEXT).metrics()
 
 
 def test_captions_are_also_scored_as_captions(monkeypatch: pytest.MonkeyPatch) -> None:
