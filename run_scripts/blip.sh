@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # BLIP from pre-training to scores on the embedded pictures, some 40 minutes on two CPU cores: pre-trains, starts
-# captioning and retrieval from that run, question answering from captioning, sentences about two pictures from question
-# answering, and prints all scores. The last two keep captioning's tower, whose features are written once.
+# retrieval and captioning from that run, question answering from captioning, sentences about two pictures from question
+# answering, and prints all scores. Captioning trains the tower first; what it sees then is written once, and captioning's
+# main part, questions and sentences learn from that.
 #
 #   bash run_scripts/blip.sh [--output FOLDER] [--data FOLDER] [key=value ...]
 #
@@ -25,14 +26,15 @@ stage() {
 
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
 stage pretrain
-stage caption model.init_from="$output/pretrain"
-stage retrieval model.init_from="$output/pretrain"
-features=$output/features/scenes_vqa
+stage tower model.init_from="$output/pretrain"
+features=$output/features/scenes
 if [ ! -f "$features/features.json" ]; then
   echo "== features"
-  "$python" -m blip.cache_features --cfg tiny/blip_vqa.yaml model.init_from="$output/caption" \
+  "$python" -m blip.cache_features --cfg tiny/blip_caption.yaml model.init_from="$output/tower" \
     ${options[@]+"${options[@]}"} run.output_dir="$output/features"
 fi
+stage caption model.init_from="$output/tower" datasets.scenes.features="$features"
+stage retrieval model.init_from="$output/pretrain"
 stage vqa model.init_from="$output/caption" datasets.scenes_vqa.features="$features"
 stage nlvr model.init_from="$output/vqa" datasets.scenes_nlvr.features="$features"
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import blip
 from blip.data.scenes_questions import TYPES
@@ -67,6 +70,24 @@ def test_a_downstream_model_starts_from_pre_training_and_is_scored(
     predictions = json.loads(next((folder / "predictions").glob("test-*.json")).read_text())
     assert {"instance_id", "truth"} <= predictions[0].keys()
     assert "Failures" in (folder / "report.html").read_text()
+
+
+def test_the_towers_run_trains_it_and_captioning_keeps_what_it_learned(
+    commands: Commands, pretrained: Path, data_root: Path, tmp_path: Path
+) -> None:
+    runs = [pretrained, tmp_path / "tower", tmp_path / "caption"]
+    for start, folder in pairwise(runs):
+        more = [f"model.med={{{MED}}}", f"model.init_from={start}", "run.test_splits=[]"]
+        recipe = f"tiny/blip_{folder.name}.yaml"
+        ended = commands("--cfg", recipe, *options("scenes", data_root, folder), *more)
+        assert ended.code == 0, ended.output
+    before, tower, after = (
+        {k: v for k, v in load_file(run / "model" / "model.safetensors").items() if k.startswith("vision.")}
+        for run in runs
+    )
+    assert before.keys() == tower.keys() == after.keys()
+    assert any(not torch.equal(tower[name], before[name]) for name in tower)
+    assert all(torch.equal(tower[name], after[name]) for name in tower)
 
 
 def test_the_same_scores_come_from_evaluating_the_run(

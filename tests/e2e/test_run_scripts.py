@@ -35,7 +35,7 @@ STAND_INS = {
         case "$2" in blip.train | blip.cache_features | torch.distributed.run) ;; *) exit 0 ;; esac
         for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
         if [ "$2" = blip.cache_features ]; then
-          mkdir -p "$folder/scenes_vqa" && touch "$folder/scenes_vqa/features.json" && exit
+          mkdir -p "$folder/scenes" && touch "$folder/scenes/features.json" && exit
         fi
         if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
         mkdir -p "$folder/model"
@@ -85,7 +85,10 @@ def test_slurm_job_continues_only_after_a_stop_that_saved(
     assert done.stdout.splitlines() == tasks + ["scontrol requeue 40321"] * requeued
 
 
-STAGES = ("pretrain", "caption", "retrieval", "vqa", "nlvr")
+STAGES = ("pretrain", "tower", "caption", "retrieval", "vqa", "nlvr")
+STARTS = {"tower": "pretrain", "caption": "tower", "retrieval": "pretrain", "vqa": "caption", "nlvr": "vqa"}
+READ = {"caption": "scenes", "vqa": "scenes_vqa", "nlvr": "scenes_nlvr"}
+"""Stages with a frozen tower, and their datasets."""
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -106,31 +109,31 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(
     run(*chain, code=3, FAILS="vqa", **environment)
     done = run(*chain, code=0, **environment)
     assert [line for line in done.stdout.splitlines() if line.startswith("==")] == [
-        *(f"== {name}: finished before" for name in STAGES[:3]),
+        *(f"== {name}: finished before" for name in STAGES[:4]),
         "== vqa",
         "== nlvr",
     ]
     table = [line.split() for line in done.stdout.splitlines() if "acc" in line]
-    assert table == [[name, "7", "acc", "62.50"] for name in STAGES]
+    assert table == [[name, "7", "acc", "62.50"] for name in STAGES if name != "tower"]
     assert "question_type" not in done.stdout
     made = ["-m blip.data make scenes --train 64"]
-    starts = {"caption": "pretrain", "retrieval": "pretrain", "vqa": "caption", "nlvr": "vqa"}
     launch = "-m torch.distributed.run --standalone --nproc_per_node=2 " if processes == 2 else ""
     batches = {name: load_config(f"tiny/blip_{name}.yaml").run.batch_size_train for name in STAGES}
     features = output / "features"
     seen = (
-        f"-m blip.cache_features --cfg tiny/blip_vqa.yaml model.init_from={output / 'caption'}"
+        f"-m blip.cache_features --cfg tiny/blip_caption.yaml model.init_from={output / 'tower'}"
         f" run.max_iters=7 run.seed=1 run.log_freq=1 run.output_dir={features}"
     )
     trained = [
         f"{launch}-m blip.train --cfg tiny/blip_{name}.yaml "
         + (f"run.batch_size_train={batches[name] // 2} " if processes == 2 else "")
-        + (f"model.init_from={output / starts[name]} " if name in starts else "")
-        + (f"datasets.scenes_{name}.features={features}/scenes_vqa " if name in ("vqa", "nlvr") else "")
+        + (f"model.init_from={output / STARTS[name]} " if name in STARTS else "")
+        + (f"datasets.{READ[name]}.features={features}/scenes " if name in READ else "")
         + f"run.max_iters=7 run.seed=1 run.log_freq=1 run.output_dir={output / name} run.resume=auto"
         for name in STAGES
     ]
-    assert calls.read_text().splitlines() == made + trained[:3] + [seen, trained[3]] + made + trained[3:]
+    first = [*made, *trained[:2], seen, *trained[2:5]]
+    assert calls.read_text().splitlines() == first + made + trained[4:]
     other = run(*chain, "run.seed=2", code=2, **environment)
     assert f"the runs in {output} have other key=value" in other.stderr
 
