@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
 import json
 import os
 import signal
@@ -233,6 +235,15 @@ def left_alive(groups: list[int]) -> list[int]:
         if int(group) in groups and state not in "ZX":
             alive.append(int(stat.parent.name))
     return alive
+
+
+# What shows what
+
+
+@functools.cache
+def functions_in(path: Path) -> set[str]:
+    """Names of all functions of a file of tests."""
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
 # What a run leaves behind

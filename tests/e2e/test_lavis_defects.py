@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
 import math
@@ -32,7 +31,18 @@ from blip.registry import Registry
 from blip.weights import read_weights
 from tests.e2e.conftest import Recipe
 from tests.e2e.lavis_defects import SHOWN
-from tests.e2e.runs import EYES, HELD_OUT, ROOT, Commands, differences, flat, lines, train_lines, write_recipe
+from tests.e2e.runs import (
+    EYES,
+    HELD_OUT,
+    ROOT,
+    Commands,
+    differences,
+    flat,
+    functions_in,
+    lines,
+    train_lines,
+    write_recipe,
+)
 from tests.e2e.wrong import SHORT
 from tests.reference.small_stage1 import global_batch, part_of, small_model
 
@@ -41,12 +51,7 @@ from tests.reference.small_stage1 import global_batch, part_of, small_model
 def test_every_defect_has_tests_that_are_there(defect: str) -> None:
     for test in SHOWN[defect]:
         path, _, name = test.partition("::")
-        assert name in _tests(ROOT / "tests" / path), f"{test} is gone; name the one that shows it now"
-
-
-@functools.cache
-def _tests(path: Path) -> set[str]:
-    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+        assert name in functions_in(ROOT / "tests" / path), f"{test} is gone; name the one that shows it now"
 
 
 # Optimisation
