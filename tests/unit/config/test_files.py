@@ -35,7 +35,7 @@ def shelves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("blip_vqa", "vqa", "blip_vqa"),
         ("blip_vqa", "aok_vqa", "blip_vqa"),
         ("blip_nlvr", "multimodal_classification", "blip_nlvr"),
-        ("blip_classification", "multimodal_classification", "blip_nlvr"),
+        ("blip_classification", "multimodal_classification", "blip_classification"),
         ("blip2_t5", "captioning", "pretrain_stage2"),
         ("blip2_opt", "vqa", "vqa_ft"),
         ("mine", "captioning", None),
