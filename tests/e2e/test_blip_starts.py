@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from blip.build import start_of
 from blip.config.load import load_config
@@ -14,8 +15,18 @@ from blip.data.catalog import CATALOG, names
 from blip.data.locate import available_splits
 from blip.registry import MODELS
 from blip.train import main
-from tests.e2e.runs import ROOT, Commands, train_lines
-from tests.e2e.test_blip_evaluation import SIZES, put
+from blip.weights import read_weights
+from tests.e2e.runs import ROOT, Commands, lines, train_lines
+from tests.e2e.test_blip_evaluation import (
+    PICTURES,
+    QUEUE,
+    RECALLS,
+    SIZES,
+    captions,
+    entailments,
+    put,
+    sentences,
+)
 from tests.e2e.test_blip_recipes import MED, options
 
 BLIP = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
@@ -74,6 +85,52 @@ def test_without_the_weights_a_recipe_prints_but_does_not_train(
     assert f"model.pretrained: {BLIP}{STARTS[name]}.pth is not on this machine" in message
     assert f"'{tmp_path / 'torch/hub/checkpoints' / STARTS[name]}.pth'" in message
     assert "model.init_from=PATH" in message
+
+
+SMALL_TRAINING = {
+    "caption_coco_large_ft": (captions, {"CIDEr"}),
+    "retrieval_flickr_large_ft": (captions, RECALLS),
+    "nlvr_ft": (sentences, {"acc"}),
+    "snli_ve_ft": (entailments, {"acc"}),
+}
+"""Recipe -> records of its data, and scores; of each task that trains on whole records."""
+
+
+@pytest.mark.parametrize("name", SMALL_TRAINING)
+def test_a_recipe_trains_a_small_model_from_another_one_s_weights(
+    commands: Commands, tmp_path: Path, name: str
+) -> None:
+    """From pre-training, as with the published weights: heads that it has not start anew."""
+    config, (records, scores) = load_config(f"blip/{name}"), SMALL_TRAINING[name]
+    [data] = config.datasets
+    row = CATALOG[data]
+    for split in ("train", "val", "test"):
+        found = records(split)
+        if split == "train" and records is captions:
+            found = [{**record, "caption": record["caption"][0]} for record in found]
+        put(tmp_path / row.of(split)[0], found)
+    (tmp_path / row.images).mkdir(parents=True)
+    for i in range(PICTURES):
+        picture = Image.new("RGB", (32, 32), (80 * i, 40, 200))
+        picture.save(tmp_path / row.images / f"{i}{row.suffix or '.png'}")
+    sizes = {**SIZES, "vit_type": "base", "vit_ckpt_layer": 1}
+    start = (
+        MODELS.get("blip_pretrain")
+        .from_preset("base", **{**SIZES, **QUEUE})
+        .save_pretrained(tmp_path / "start")
+    )
+    own = QUEUE if config.model.arch == "blip_retrieval" else {}
+    more = [f"model.{key}={json.dumps(value)}" for key, value in {**sizes, **own}.items()]
+    more += [f"datasets.{data}.vis_processor.{stage}.image_size=32" for stage in ("train", "eval")]
+    more += [f"model.init_from={start}", f"run.data_root={tmp_path}", f"run.output_dir={tmp_path / 'run'}"]
+    more += ["run.num_workers=0", "run.batch_size_train=2", "run.max_iters=2", "run.log_freq=1"]
+    more += ["run.java_metrics=[]"] if config.run.task == "captioning" else []
+    ended = commands("--cfg", f"blip/{name}", *more)
+    assert ended.code == 0, ended.output
+    assert [line["step"] for line in train_lines(tmp_path / "run")] == [1, 2]
+    assert lines(tmp_path / "run")[-1].keys() >= scores
+    before, after = read_weights(start), read_weights(tmp_path / "run")
+    assert not torch.equal(before["vision.vit.pos_embed"], after["vision.vit.pos_embed"])
 
 
 def test_visual_genome_s_answers_weigh_as_in_blip_s_own_recipe() -> None:
