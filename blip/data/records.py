@@ -246,11 +246,7 @@ def within_split(
 ) -> SomeRecords:
     """The records of one split of a file that holds several, by its column `split`.
 
-    Args:
-        records: all of them.
-        split: what those to keep have there.
-        name: of the dataset, for messages.
-        limit: number of records to keep; None: all.
+    Other arguments are those of `of_types`.
 
     Raises:
         DataError: there is none.
