@@ -65,26 +65,6 @@ compared instructed
 compared blind model.qformer_text_input=false
 compared uniform run.sampling=uniform
 
-"$python" - "$output/$llm" "$seeds" <<'PY'
-import json, pathlib, statistics, sys
-
-start, seeds = sys.argv[1], sys.argv[2].split()
-rows = {}
-for name in ("instructed", "blind", "uniform"):
-    for seed in seeds:
-        lines = pathlib.Path(f"{start}-{name}-{seed}", "metrics.jsonl").read_text().splitlines()
-        scores = [score for line in lines if (score := json.loads(line))["split"] == "test"][-1]
-        for key, value in scores.items():
-            if key.endswith("/acc") or key.startswith("held_out_kinds/type_"):
-                rows.setdefault(key, {}).setdefault(name, []).append(value)
-print(f"\nMean of seeds {', '.join(seeds)} and standard deviation; percent of the outputs are right")
-print(f"{'':<28}{'instructed':>14}{'blind':>14}{'uniform':>14}")
-for key, found in rows.items():
-    cells = []
-    for name in ("instructed", "blind", "uniform"):
-        values = found[name]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}".rjust(14))
-    print(f"{key:<28}{''.join(cells)}")
-print(f"Reports: {start}-*/report.html")
-PY
+# shellcheck disable=SC2086
+"$python" run_scripts/ablation_table.py "$output/$llm-{arm}-{seed}" --arms instructed blind uniform --seeds $seeds \
+  --scores '.*/acc|held_out_kinds/type_.*'

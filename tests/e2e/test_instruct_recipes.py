@@ -1,10 +1,7 @@
-"""Instruction tuning by the tiny recipe, what its ablation changes, and the script that compares them."""
+"""Instruction tuning by the tiny recipe, and what its ablation changes."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +9,9 @@ import torch
 
 from blip.models.llm import LLMConfig, build_llm
 from blip.weights import read_weights
-from tests.e2e.runs import ROOT, Commands, lines, train_lines
+from tests.e2e.runs import Commands, lines, train_lines
 from tests.reference.small_stage2 import LLMS
 
-SCRIPT = str(ROOT / "run_scripts" / "instruct_ablation.sh")
 HELD_IN = ("scenes", "scenes_vqa", "detail", "locate", "refer", "compare")
 HELD_OUT = ("held_out_kinds", "held_out_data")
 SMALL = [
@@ -110,77 +106,3 @@ def test_the_ablation_s_other_sides_are_overrides(
     ]
     assert train_lines(runs[0]) == train_lines(runs[1])
     assert not any(name.startswith("qformer.") and "text" in name for name in read_weights(runs[0]))
-
-
-STAND_IN = """#!/usr/bin/env bash
-if [ "$1" != -m ]; then case $1 in -) exec "$REAL_PYTHON" "$@" ;; *) exit 0 ;; esac; fi
-echo "$*" >>"$CALLS"
-for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
-case "$2" in
-  blip.cache_features) mkdir -p "$folder/scenes" && touch "$folder/scenes/features.json" && exit ;;
-  blip.data) exit ;;
-esac
-if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
-mkdir -p "$folder/model"
-case $folder in *-1) acc=50.0 ;; *) acc=60.0 ;; esac
-echo '{"split": "test", "step": 7, "held_out_data/acc": '$acc', "held_out_data/type_vqa": 1.0}' \
-  >"$folder/metrics.jsonl"
-touch "$folder/report.html" "$folder/model/model.safetensors"
-"""
-
-
-def compare(tmp_path: Path, *more: str, code: int = 0, **environment: str) -> tuple[str, list[str]]:
-    """What the script prints, and the commands it has started."""
-    python, calls = tmp_path / "python", tmp_path / "calls"
-    python.write_text(STAND_IN)
-    python.chmod(0o755)
-    known = {"BLIP_PYTHON": str(python), "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
-    places = ["--output", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--seeds", "1 2"]
-    done = subprocess.run(
-        ["bash", SCRIPT, *places, *more],
-        env=os.environ | known | {"BLIP_PROCESSES": "1"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr, calls.read_text().splitlines() if calls.exists() else []
-
-
-def test_the_script_compares_over_seeds_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "run.max_iters=7", code=3, FAILS="decoder-blind-2")
-    printed, again = compare(tmp_path, "run.max_iters=7")
-    out = tmp_path / "out"
-    assert calls[1] == (
-        f"-m blip.train --cfg tiny/pretrain_stage1.yaml run.output_dir={out}/stage1 run.resume=auto"
-    )
-    assert calls[2] == (
-        f"-m blip.train --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage1"
-        f" model.qformer_text_input=true model.max_txt_len=40"
-        f" run.output_dir={out}/stage2-decoder run.resume=auto"
-    )
-    cached = f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage2-decoder"
-    assert calls[3].startswith(cached)
-    trained = [line for line in again if "tiny/instruct.yaml" in line]
-    order = [f"{name}-{seed}" for name in ("instructed", "blind", "uniform") for seed in (1, 2)]
-    begun = [*order[:4], *order[3:]]  # the one that failed, twice
-    assert [line.split("run.output_dir=")[1].split()[0] for line in trained] == [
-        f"{out}/decoder-{name}" for name in begun
-    ]
-    for line, name in zip(trained, begun, strict=True):
-        assert ("model.qformer_text_input=false" in line) == name.startswith("blind")
-        assert ("run.sampling=uniform" in line) == name.startswith("uniform")
-        assert f"run.seed={name[-1]} " in line
-        assert "run.max_iters=7" in line
-        assert line.count(f"features={out}/features/scenes") == len(HELD_IN)
-    [row] = [line.split() for line in printed.splitlines() if line.startswith("held_out_data")]
-    assert row == ["held_out_data/acc", *["55.0", "±", "7.1"] * 3]
-
-
-def test_the_script_starts_from_another_run_and_refuses_an_unknown_language_model(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "--start", str(tmp_path / "mine"), "--llm", "encoder-decoder")
-    assert not any("--cfg tiny/pretrain" in line and "blip.train" in line for line in calls)
-    assert calls[-1].count(f"model.init_from={tmp_path / 'mine'} ") == 1
-    assert "model.llm_model=llm/scenes-encoder-decoder" in calls[-1]
-    printed, _ = compare(tmp_path, "--llm", "gpt", code=2)
-    assert "error: --llm gpt: choose decoder or encoder-decoder" in printed
