@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from blip import dist
-from blip.errors import BlipError
+from blip.errors import BlipError, Stopped
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def on_all(action: Callable[[], T]) -> T:
-    """This rank's result of `action`, which every rank carries out.
+    """This rank's result of `action`, which every rank carries out; it must not speak with the others.
 
     Raises:
         Exception: what the first rank that failed raised; an OSError as BlipError, and on several ranks what
@@ -47,6 +47,6 @@ def _portable(error: Exception | None) -> Exception | None:
     if isinstance(error, OSError):
         place = f"'{error.filename}': " if error.filename else ""
         return BlipError(f"{place}{error.strerror or error}")
-    if error is None or isinstance(error, BlipError):
+    if error is None or isinstance(error, BlipError | Stopped):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -20,12 +20,17 @@ def scores(run: Path) -> dict[str, float]:
     return [line for line in lines if line["split"] == "test"][-1]
 
 
+def path(runs: str, arm: str, seed: str) -> Path:
+    """Where a run lies."""
+    return Path(runs.replace("{arm}", arm).replace("{seed}", seed))
+
+
 def table(runs: str, arms: list[str], seeds: list[str], wanted: str) -> str:
     """A row per score, a column per arm."""
     found: dict[str, dict[str, list[float]]] = {}
     for arm in arms:
         for seed in seeds:
-            for name, value in scores(Path(runs.format(arm=arm, seed=seed))).items():
+            for name, value in scores(path(runs, arm, seed)).items():
                 if re.fullmatch(wanted, name):
                     found.setdefault(name, {}).setdefault(arm, []).append(value)
     width = max(map(len, found), default=0) + 2
@@ -33,7 +38,10 @@ def table(runs: str, arms: list[str], seeds: list[str], wanted: str) -> str:
     for name, by_arm in found.items():
         cells = []
         for arm in arms:
-            values = by_arm[arm]
+            values = by_arm.get(arm, [])
+            if not values:  # nothing was scored that way there
+                cells.append("-".rjust(16))
+                continue
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             digits = 1 if max(map(abs, values)) >= 10 else 2
             cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}".rjust(16))
@@ -50,4 +58,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     print(f"\nMean of seeds {', '.join(args.seeds)} and standard deviation")
     print(table(args.runs, args.arms, args.seeds, args.scores))
-    print(f"Reports: {args.runs.format(arm='*', seed='*')}/report.html")
+    print(f"Reports: {path(args.runs, '*', '*')}/report.html")

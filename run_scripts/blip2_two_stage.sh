@@ -31,8 +31,9 @@ answers=$output/vqa-$llm
 if [ ! -f "$answers/report.html" ]; then
   echo "== vqa_zeroshot_eval"
   mapfile -t built < <(blip_model_options)
-  "$python" -m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml model.init_from="$output/stage2-$llm" \
-    model.llm_model="llm/scenes-$llm" ${built[@]+"${built[@]}"} run.output_dir="$answers" run.overwrite=true
+  "$python" -m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml ${built[@]+"${built[@]}"} \
+    model.init_from="$output/stage2-$llm" model.llm_model="llm/scenes-$llm" \
+    run.output_dir="$answers" run.overwrite=true
 fi
 
 "$python" - "$output/stage2-$llm" "$answers" <<'PY'

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What stage 1 is good for (BLIP-2, figure 5), on the embedded pictures, an hour or more on two CPU cores (not timed yet):
-# stage 2 from stage 1, and the same stage 2 with a Q-Former that starts at random; the tower is that of stage 1 in both.
+# stage 2 from stage 1, and the same stage 2 with a Q-Former that starts at random; the tower is that of stage 1 in both,
+# the norm behind it, which learns with the Q-Former, only in the first.
 # With a decoder and with an encoder-decoder, each with three seeds, of stage 1 too. Prints the scores of the test
 # pictures' captions.
 #

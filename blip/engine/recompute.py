@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
@@ -44,7 +43,14 @@ def apply_recompute(blocks: Sequence[nn.Module], mode: RecomputeMode, last: int 
 
 
 def _with_torch(block: nn.Module) -> Callable[..., Any]:
-    return functools.partial(checkpoint, block.forward, use_reentrant=False)
+    plain = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # generating: nothing to save, and the random state is not looked at
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+    return forward
 
 
 def _offloading() -> Callable[[nn.Module], Callable[..., Any]]:

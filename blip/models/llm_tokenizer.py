@@ -62,6 +62,7 @@ class LlmTokenizer:
         self.end_id = self._end_id(end)
         """Ends a generated text and the target of a decoder."""
         self.end_text: str = end if end is not None else str(self._end_token)
+        self._ends_by_name = self.raw([self.end_text]) != self.raw([self.end_text], control=False)
         if bos != "tokenizer":
             lead = [self._token_id(self._end_token)] if bos == "end" and self._end_token else []
         self.lead: list[int] = lead
@@ -205,11 +206,12 @@ class LlmTokenizer:
             DataError: a text that does not begin with the prompt; real words would not be learned.
         """
         room = None if max_length is None else max(max_length - len(self.lead), 0)
-        begins = self.raw([prompt], control=False)[0] if prompt.strip() else []
-        if self.end_text in self._tokenizer.all_special_tokens:
-            words = [[*row, self.end_id] for row in self.raw(texts, control=False)]
+        begins = self.raw([prompt])[0] if prompt.strip() else []
+        control = begins != self.raw([prompt], control=False)[0] if begins else False
+        if self._ends_by_name:
+            words = [[*row, self.end_id] for row in self.raw(texts, control)]
         else:
-            words = self.raw([text + self.end_text for text in texts], control=False)
+            words = self.raw([text + self.end_text for text in texts], control)
         for text, row in zip(texts, words, strict=True):
             if row[: len(begins)] != begins:
                 raise DataError(
@@ -228,7 +230,8 @@ class LlmTokenizer:
 
         As in LAVIS, they have an end with an encoder-decoder, and none with a decoder.
         """
-        return self.encode(texts, bos=self.kind == "seq2seq", continues=self.kind == "causal")
+        decoder = self.kind == "causal"
+        return self.encode(texts, bos=not decoder, continues=decoder, control=False)
 
     def decode(self, ids: Tensor) -> list[str]:
         """What each row of ids (B, L) says up to its end, without special tokens and space around it."""

@@ -107,6 +107,20 @@ class InstructTuning(Task):
     monitor: ClassVar[str] = "acc"
     data_kind: ClassVar[str] = "instruct"
 
+    def check(self, model: Any) -> None:
+        """Raise where `model` cannot do this task, or not tell what decides about the best checkpoint.
+
+        Raises:
+            ConfigError: a method is missing.
+        """
+        super().check(model)
+        decides = (self.config.monitor or "").rpartition("/")[2]
+        if decides in ("MRR", "AUC") and not hasattr(model, "class_scores"):
+            raise ConfigError(
+                f"run.monitor: model.arch {model.config.arch!r} tells which candidate is the likeliest, not"
+                f" how likely each is, so there is no {decides}; choose acc, or InstructBLIP"
+            )
+
     def check_data(self, data: InstructionData) -> None:
         """Raise where outputs are to be ranked and nothing says which there may be.
 
@@ -136,7 +150,7 @@ class InstructTuning(Task):
                 own.add(0.0, data.task_type(index))
                 listed = self.candidates(data, index)
                 ranked = ranked or (len(listed) > 2 and truths[0] in listed)
-                binary |= {truths[0]} if _is_binary(listed) else set()
+                binary |= set(truths) if _is_binary(listed) and len(set(truths)) == 1 else set()
         found = list(own.means("acc", questions="type")) + (["MRR"] if ranked else [])
         found += ["AUC"] if binary.issuperset(BINARY) else []
         return found + (in_words if data.in_words and own.rows else [])
@@ -221,7 +235,8 @@ def _is_binary(listed: Sequence[str]) -> bool:
 
 
 def _judged(prediction: Prediction) -> bool:
-    return "log_odds" in prediction and prediction["truth"][:1] in (["yes"], ["no"])
+    """Whether all who answered said yes, or all no, to a question that was compared by its odds."""
+    return "log_odds" in prediction and set(prediction["truth"]) in ({"yes"}, {"no"})
 
 
 def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str]) -> list[Made]:
@@ -260,7 +275,7 @@ def _prediction(data: InstructionData, index: int, made: Made) -> Prediction:
         found["accuracy"] = round(_accuracy(data, made.text, truths), 4)
         found["right"] = found["accuracy"] >= RIGHT
     if made.log_odds is not None:
-        found["log_odds"] = round(made.log_odds, 4)
+        found["log_odds"] = made.log_odds
     if len(made.order) > 2 and truths and truths[0] in made.order:
         found["rank"] = 1 + made.order.index(truths[0])
     return found

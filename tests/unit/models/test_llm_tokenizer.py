@@ -144,6 +144,20 @@ def test_data_that_names_a_control_token_is_letters_and_a_prompt_may_have_one(ma
         assert whole[-1] == end
 
 
+def test_an_end_that_only_the_tokenizer_knows_as_a_control_token_is_one_token(tmp_path: Path) -> None:
+    inner = opt_like()._tokenizer
+    inner.add_special_tokens(["<|turn|>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = LlmTokenizer.load(str(tmp_path / "tokenizer.json"), "causal", end="<|turn|>")
+    assert "<|turn|>" not in tokenizer._tokenizer.all_special_tokens
+    [row] = tokenizer.text(["a cat"])["llm_labels"].tolist()
+    assert row[-1] == tokenizer.end_id == inner.token_to_id("<|turn|>")
+    # A prompt of a chat model is read with its control tokens, in training as in generation.
+    said = tokenizer.text(["<|turn|>a cat"], prompt="<|turn|>a")["llm_ids"][0].tolist()
+    asked = tokenizer.prompt(["<|turn|>a"])[0][0].tolist()
+    assert said[: len(asked)] == asked
+
+
 def test_an_encoder_reads_the_prompt_with_its_end_and_a_decoder_learns_the_target() -> None:
     tokenizer = LlmTokenizer(t5_like(), "seq2seq")
     batch = tokenizer.train(["is it?", ""], ["no", "yes"], max_prompt=5, max_target=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,13 +198,23 @@ def test_yes_and_no_have_synonyms_and_are_compared_by_their_odds(monkeypatch: py
     found = task(inference_method="auto").evaluate(Judge(), Told(4), CONTEXT)
     assert [p["answer"] for p in found.predictions] == ["yes", "yes", "no", "no"]
     odds = (scores[:, :2].logsumexp(1) - scores[:, 2:].logsumexp(1)).tolist()
-    assert [p["log_odds"] for p in found.predictions] == pytest.approx(odds, abs=1e-4)
+    assert [p["log_odds"] for p in found.predictions] == pytest.approx(odds)
     measured = found.metrics()
     assert measured["AUC"] == pytest.approx(100.0)  # the only "no" has the lowest odds
     assert measured["acc"] == pytest.approx(75.0)
     assert "AUC" in task().scores(Told(4))
     monkeypatch.setattr(Told, "references", lambda self, index: ["yes"])
     assert "AUC" not in task(inference_method="auto").evaluate(Judge(), Told(4), CONTEXT).metrics()
+
+
+@pytest.mark.parametrize("monitor", ["AUC", "memes/MRR"])
+def test_what_a_model_cannot_tell_decides_nothing(monitor: str) -> None:
+    model = Writer()
+    model.config = SimpleNamespace(arch="blip2_opt")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"run\.monitor: model\.arch 'blip2_opt' tells which candidate"):
+        task(monitor=monitor).check(model)
+    task(monitor=monitor).check(Ranker())
+    task(monitor="acc").check(model)
 
 
 def test_captions_are_also_scored_as_captions(monkeypatch: pytest.MonkeyPatch) -> None:
