@@ -46,10 +46,10 @@ BLIP: dict[str, Any] = {
 PROMPTED = {"train": {"name": "blip_caption", "prompt": "a picture of "}, "eval": {"name": "blip_caption"}}
 ASKED = {stage: {"name": "blip_question"} for stage in ("train", "eval")}
 WRITTEN = {"task": "captioning", "num_beams": 2, "max_len": 12, "min_len": 1, "java_metrics": []}
-# What two processes take a step with has to be what one does.
+# So that two processes contrast with what one does; LAVIS contrasts with the own rank's rows.
 SHARED = {"itc_all_rank": True, "negative_all_rank": True}
-# Without the short last batch: every step has as many rows for each of two processes.
 PLAIN_RUN = {key: value for key, value in RUN.items() if key not in ("k_test", "eval_max_txt_len")}
+"""Without the keys of retrieval."""
 
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "blip_pretrain": {
