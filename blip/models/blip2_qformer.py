@@ -31,6 +31,7 @@ from blip.losses import NegativeSampler, at_least_float32, similarity
 from blip.models.blip2_base import Blip2Base
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
 from blip.models.blip2_weights import BERT, CLIP_L, EVA, STAGE1_STARTS, STAGE1_WEIGHTS, stage1_sizes
+from blip.models.blip_ranking import Reranking
 from blip.models.contrast import (
     Features,
     Negatives,
@@ -59,7 +60,7 @@ class Representation(NamedTuple):
 
 
 @MODELS.register("blip2", "blip2_feature_extractor")
-class Blip2Qformer(Blip2Base):
+class Blip2Qformer(Blip2Base, Reranking):
     """BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM.
 
     Shape:
@@ -254,19 +255,6 @@ class Blip2Qformer(Blip2Base):
     def retrieval_keys(self, states: Tensor) -> ImageKeys:
         """What all texts look at that B images of `retrieval_images` are matched with, computed once."""
         return self.image_keys(states)
-
-    def rerank(self, keys: ImageKeys, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Matching logits (K, B) of B images with K texts each.
-
-        Args:
-            keys: of the B images, from `retrieval_keys`.
-            text_ids: int64 (K, B, T).
-            text_mask: bool (K, B, T).
-        """
-        copies, num_images = text_ids.shape[:2]
-        images = [(keys, copies)]
-        logits = self.itm_logits(images, text_ids.flatten(0, 1), text_mask.flatten(0, 1))
-        return logits[:, 1].view(copies, num_images)
 
     # Freezing, checkpoints, optimizer
 

@@ -63,7 +63,25 @@ class Comparing:
         return similarity(image_feats, text_feats)
 
 
-class Judging(Comparing):
+class Reranking:
+    """Texts are judged by what they see in an image; BLIP-2's stage 1 does it in the same way."""
+
+    itm_logits: Callable[..., Tensor]
+
+    def rerank(self, keys: ImageKeys, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Matching logits (K, B) of B images with K texts each.
+
+        Args:
+            keys: of the B images, from `retrieval_keys`.
+            text_ids: int64 (K, B, T).
+            text_mask: bool (K, B, T).
+        """
+        copies, num_images = text_ids.shape[:2]
+        logits = self.itm_logits([(keys, copies)], text_ids.flatten(0, 1), text_mask.flatten(0, 1))
+        return logits[:, 1].view(copies, num_images)
+
+
+class Judging(Comparing, Reranking):
     """Besides, the matching head judges texts that look at an image, which re-ranks the most similar ones."""
 
     itm_head: nn.Linear
@@ -76,16 +94,3 @@ class Judging(Comparing):
     def retrieval_keys(self, states: Tensor) -> ImageKeys:
         """What all texts look at that B images of `retrieval_images` are matched with, computed once."""
         return self.text.image_keys(states)
-
-    def rerank(self, keys: ImageKeys, text_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """Matching logits (K, B) of B images with K texts each.
-
-        Args:
-            keys: of the B images, from `retrieval_keys`.
-            text_ids: int64 (K, B, T).
-            text_mask: bool (K, B, T).
-        """
-        copies, num_images = text_ids.shape[:2]
-        images = [(keys, copies)]
-        logits = self.itm_logits(images, text_ids.flatten(0, 1), text_mask.flatten(0, 1))
-        return logits[:, 1].view(copies, num_images)

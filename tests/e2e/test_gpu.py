@@ -30,14 +30,7 @@ STEADY = "run.lr_sched=constant_lr"
 BLIP: dict[str, Any] = {
     "image_size": 32,
     "vit": MODEL["vit"],
-    "med": {
-        "width": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "mlp_dim": 64,
-        "max_positions": 48,
-        "init_from": None,
-    },
+    "med": MODEL["qformer"],  # the same sizes
     "vit_drop_path_rate": 0.0,
     "tokenizer": "scenes",
     "max_txt_len": 40,
