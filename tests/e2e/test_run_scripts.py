@@ -150,6 +150,43 @@ def test_the_chain_refuses_what_it_does_not_know(arguments: list[str], message: 
     assert message in run(str(ROOT / "run_scripts" / "blip.sh"), *arguments, code=2).stderr
 
 
+def test_real_parts_on_one_s_own_pictures(bin_folder: Path, tmp_path: Path) -> None:
+    calls, output, data = tmp_path / "calls", tmp_path / "out", tmp_path / "data"
+    for name in ("smollm2", "minilm", "vit_s14.safetensors"):  # as if they were prepared
+        (data / "parts" / name).mkdir(parents=True)
+    photos, table = tmp_path / "photos", tmp_path / "captions.csv"
+    photos.mkdir()
+    table.touch()
+    environment = {
+        "BLIP_PYTHON": str(bin_folder / "blip-python"),
+        "REAL_PYTHON": sys.executable,
+        "CALLS": str(calls),
+        "BLIP_PROCESSES": "1",
+    }
+    laptop = str(ROOT / "run_scripts" / "laptop.sh")
+    places = ["--output", str(output), "--data", str(data), "run.max_iters=7"]
+    own = ["--captions", str(table), "--images", str(photos)]
+    run(laptop, *places, *own, code=0, **environment)
+    given = f"datasets.scenes.images={photos} datasets.scenes.path={table} run.test_splits=[]"
+    stored = f"features={output}/features/scenes"
+    told = f"datasets.scenes_instruct.path={table} datasets.scenes_instruct.images={photos} run.test_splits=[]"
+    assert calls.read_text().splitlines() == [
+        f"-m blip.cache_features --cfg laptop/pretrain_stage1.yaml {given} run.max_iters=7"
+        f" run.output_dir={output}/features",
+        f"-m blip.train --cfg laptop/pretrain_stage1.yaml {given} datasets.scenes.{stored}"
+        f" run.max_iters=7 run.output_dir={output}/stage1 run.resume=auto",
+        f"-m blip.train --cfg laptop/pretrain_stage2.yaml {given} datasets.scenes.{stored}"
+        f" model.init_from={output}/stage1 run.max_iters=7 run.output_dir={output}/stage2 run.resume=auto",
+        f"-m blip.train --cfg laptop/instruct.yaml {told} datasets.scenes_instruct.{stored}"
+        f" model.init_from={output}/stage2 run.max_iters=7 run.output_dir={output}/instruct run.resume=auto",
+    ]
+    for wrong, message in (
+        (["--images", str(photos)], "--captions TABLE and --images FOLDER"),
+        ([*own, "--test", "none.csv"], "none.csv is not there"),
+    ):
+        assert message in run(laptop, *places, *wrong, code=2, **environment).stderr
+
+
 def test_environment_is_not_made_in_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     done = run("-c", f"source {ROOT}/run_scripts/env.sh; blip_env", code=2, BLIP_VENV=str(tmp_path))
