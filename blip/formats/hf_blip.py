@@ -88,7 +88,8 @@ def _decoder_values(config: Any, max_txt_len: int) -> dict[str, Any]:
             text.bos_token_id,
             first,
         )
-    return {**_values(config, max_txt_len), "label_smoothing": text.label_smoothing}
+    values = _values(config, max_txt_len)
+    return {**values, "label_smoothing": text.label_smoothing, "beam_lengths": "new"}
 
 
 def retrieval_values(config: Any) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _pretrain(share: str) -> Table:
 
 def _retrieval() -> Table:
     rules = [*_encoder(), *_contrast(), *_same("temp"), *_twin(), *_queue(ids=True)]
-    return Table("LAVIS weights of BLIP retrieval", rules, needs=[_ENCODER, "itm_head.", "text_encoder_m."])
+    return Table("LAVIS weights of BLIP retrieval", rules, needs=[_ENCODER, "itm_head.", "temp"])
 
 
 def _nlvr() -> Table:

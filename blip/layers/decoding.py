@@ -8,7 +8,7 @@ copy: row r is beam (or caption) r // B of item r % B, as `Segment` lets several
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from blip import keyed
 from blip.errors import ConfigError, DataError
+
+BeamLengths = Literal["new", "whole"]
 
 NEVER = -1.0e9
 """Score of what does not count: transformers' value, finite so that what is added to it keeps its order."""
@@ -73,7 +75,10 @@ class Decoding:
     num_captions: int = 1
     """Texts to return per item: the best beams, or so many samples."""
     length_penalty: float = 1.0
-    """Scores of beams are divided by the number of new tokens to this power."""
+    """Scores of beams are divided by their length to this power."""
+    beam_lengths: BeamLengths = "new"
+    """That length: `new`, the tokens behind the prompt, the end included, as in transformers today; `whole`,
+    those of the whole text without its end, as in transformers when LAVIS was written (4.25)."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the text so far become less likely."""
     penalize_prompt: bool = True
@@ -178,7 +183,9 @@ class _Rules:
     def __init__(self, decoding: Decoding, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         self.decoding = decoding
         self.copies = decoding.num_captions if decoding.sample else decoding.num_beams
-        used = prompt_mask.sum(dim=1) * decoding.count_prompt
+        self.prompt = prompt_mask.sum(dim=1)
+        """(B,), tokens of the prompts."""
+        used = self.prompt * decoding.count_prompt
         self.limits = self.all_limits = decoding.max_length - used
         """(B,), new tokens at most."""
         self.least = decoding.min_length - used
@@ -214,6 +221,7 @@ class _Rules:
         """Continue other rows, with a new token (R,) each."""
         if items is not None:
             self.limits, self.least = self.limits[items], self.least[items]
+            self.prompt = self.prompt[items]
         if self.seen is not None:
             self.seen = torch.cat([self.seen[rows], tokens[:, None]], dim=1)
 
@@ -289,24 +297,40 @@ class _Beams:
         source = chosen // width
         ids = _of_item(self.ids, source)
         ids[:, :, step] = tokens
-        ends = rules.ends(tokens, step)
-
-        final = scores / (step + 1) ** rules.decoding.length_penalty
-        counts = ends & self.open[:, None]
-        counts[:, beams:] = False
-        final = torch.cat([self.best_scores, final.where(counts, NEVER)], dim=1)
-        self.best_scores, best = final.topk(beams)
-        self.best_ids = _of_item(torch.cat([self.best_ids, ids], dim=1), best)
-
-        self.scores, going_on = (scores + ends * NEVER).topk(beams)
-        self.ids = _of_item(ids, going_on)
-        self._close(step + 1, rules)
+        first = torch.arange(scores.shape[1], device=scores.device) < beams
+        if rules.decoding.beam_lengths == "whole":
+            ends = tokens == rules.decoding.end_id
+            self._finish(scores, ids, ends & first, rules.prompt + step, rules)
+            self._close(scores[:, 0], rules.prompt + step, rules)
+            going_on = self._go_on(scores, ids, ends)
+            last = (step + 1 >= rules.limits)[:, None]  # beams without an end count once all have been seen
+            self._finish(self.scores, self.ids, last.expand_as(self.scores), rules.prompt + step + 1, rules)
+        else:
+            ends = rules.ends(tokens, step)
+            length = torch.full_like(rules.prompt, step + 1)
+            self._finish(scores, ids, ends & first, length, rules)
+            going_on = self._go_on(scores, ids, ends)
+            self._close(self.scores[:, 0], length, rules)
+        self.open = self.open & (step + 1 < rules.limits)
         return source.gather(1, going_on)
 
-    def _close(self, length: int, rules: _Rules) -> None:
-        """Close items none of whose beams, ending now, would be better than the worst finished text."""
-        hope = self.scores[:, 0] / length**rules.decoding.length_penalty
-        self.open = self.open & (hope > self.best_scores[:, -1]) & (length < rules.limits)
+    def _finish(self, scores: Tensor, ids: Tensor, counts: Tensor, length: Tensor, rules: _Rules) -> None:
+        """Put the texts (B, N, L) that count among the finished ones; their length is (B,)."""
+        final = scores / length[:, None] ** rules.decoding.length_penalty
+        final = torch.cat([self.best_scores, final.where(counts & self.open[:, None], NEVER)], dim=1)
+        self.best_scores, best = final.topk(self.best_scores.shape[1])
+        self.best_ids = _of_item(torch.cat([self.best_ids, ids], dim=1), best)
+
+    def _go_on(self, scores: Tensor, ids: Tensor, ends: Tensor) -> Tensor:
+        """Keep the best candidates (B, N) that do not end; which they are, (B, beams)."""
+        self.scores, going_on = (scores + ends * NEVER).topk(self.scores.shape[1])
+        self.ids = _of_item(ids, going_on)
+        return going_on
+
+    def _close(self, best: Tensor, length: Tensor, rules: _Rules) -> None:
+        """Close items whose best text (B,), ending now, would be no better than the worst finished one."""
+        hope = best / length**rules.decoding.length_penalty
+        self.open = self.open & (hope > self.best_scores[:, -1])
 
     def keep(self, items: Tensor) -> None:
         """Go on with some of the items (B',)."""

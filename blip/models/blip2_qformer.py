@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip.batch import Output
+from blip.batch import FeatureOutput, Output
 from blip.errors import UsageError, hint
 from blip.layers.attention import ImageKeys, KeyValue
 from blip.layers.masks import causal_mask, padding_mask
@@ -197,6 +197,7 @@ class Blip2Qformer(Blip2Base, Reranking):
 
     # Inference
 
+    @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
         """Features of images, texts or pairs, as LAVIS names them.
 
@@ -205,6 +206,9 @@ class Blip2Qformer(Blip2Base, Reranking):
             mode: `image`: `image_embeds` (B, Q, D), `image_embeds_proj` (B, Q, E) unit norm; `text`:
                 `text_embeds` (B, T, D), `text_embeds_proj` (B, T, E) unit norm (use token 0); `multimodal`:
                 `multimodal_embeds` (B, Q, D), the queries with the text attached.
+
+        Returns:
+            What the mode names, without gradients; the others of LAVIS's five names are None.
 
         Raises:
             UsageError: unknown mode.
@@ -215,17 +219,19 @@ class Blip2Qformer(Blip2Base, Reranking):
             )
         if mode == "image":
             queries = self.qformer(images=[(self.image_keys(self.image_states(samples)), 1)]).queries
-            return Output(image_embeds=queries, image_embeds_proj=self._project_image(queries))
+            return FeatureOutput(image_embeds=queries, image_embeds_proj=self._project_image(queries))
         samples = self.with_text(samples, self.config.qformer.max_positions)
         text = self.qformer.embedding(samples["text_ids"])
         mask = samples["text_mask"]
         if mode == "text":
             states = self.qformer(text, padding_mask(mask)).text
-            return Output(text_embeds=states, text_embeds_proj=F.normalize(self.text_proj(states), dim=-1))
+            return FeatureOutput(
+                text_embeds=states, text_embeds_proj=F.normalize(self.text_proj(states), dim=-1)
+            )
         mask = torch.cat([mask.new_ones(len(mask), self.config.num_query_token), mask], dim=1)
         keys = self.image_keys(self.image_states(samples))
         output = self.qformer(text, padding_mask(mask), [(keys, 1)], keep="queries")
-        return Output(multimodal_embeds=output.queries)
+        return FeatureOutput(multimodal_embeds=output.queries)
 
     def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
         """(B,) raw matching logits of aligned pairs.

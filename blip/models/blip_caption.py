@@ -14,7 +14,7 @@ from blip.errors import DataError, UsageError
 from blip.layers.text import LMHead
 from blip.models.bert_init import BertParts
 from blip.models.blip_base import BlipBase
-from blip.models.blip_config import BlipConfig
+from blip.models.blip_config import WritingConfig
 from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import decoding, draws_of, write
 from blip.models.narrate import caption_loss, decoder_labels
@@ -22,19 +22,13 @@ from blip.registry import MODELS
 
 
 @dataclass
-class BlipCaptionConfig(BlipConfig):
+class BlipCaptionConfig(WritingConfig):
     """Sizes and switches of BLIP for captioning."""
 
     max_txt_len: int = 40
     """Longest caption with its prompt, in tokens, [CLS] and [SEP] included; longer ones are cut."""
     prompt: str = "a picture of "
     """What every caption begins with: given, not learned. The text processor of training puts it there."""
-    label_smoothing: float = 0.1
-    """Of the loss."""
-
-    def problems(self) -> list[str]:
-        """Values that cannot be used."""
-        return super().problems() + self._within(0, 0.9, "label_smoothing")
 
 
 @MODELS.register("blip_caption")
@@ -145,7 +139,7 @@ class BlipCaption(BlipBase):
             repetition_penalty: above 1, tokens that are there become less likely; None: 1, and 1.1 with
                 nucleus sampling, as in BLIP.
             num_captions: per picture.
-            length_penalty: scores of beams are divided by the number of new tokens to this power.
+            length_penalty: scores of beams are divided by their length (`model.beam_lengths`) to this power.
             top_k: draw among so many tokens.
             temperature: logits are divided by it before drawing.
             seed: of the random numbers; None takes one of torch's global generator.
@@ -165,6 +159,7 @@ class BlipCaption(BlipBase):
             temperature=temperature,
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
+            beam_lengths=self.config.beam_lengths,
         )
         keys = self.text.image_keys(self.image_states(samples))
         draws = draws_of(samples, keys.rows, seed, self.device) if use_nucleus_sampling else None

@@ -34,6 +34,8 @@ class BlipClassificationConfig(BlipConfig):
     """Classes."""
     max_txt_len: int = 40
     """Longest text, in tokens, [CLS] and [SEP] included; longer ones are cut."""
+    text_token: Literal["enc", "cls"] = "cls"
+    """First token of a text: [CLS], as LAVIS leaves it, or [ENC], as in pre-training and for NLVR2."""
     use_distill: bool = True
     """Mix the targets with the opinion of a momentum twin."""
     momentum: float = 0.995
@@ -55,7 +57,7 @@ class BlipClassification(BlipBase):
 
     Shape:
         batch: `image` (B, 3, H, W), `text_input` (or `text_ids`, `text_mask`), `label` int64 (B,).
-        returns: `loss`, `acc`.
+        returns: `loss`, `acc`; `logits` (B, C), detached.
     """
 
     config_class: ClassVar[type[BlipClassificationConfig]] = BlipClassificationConfig
@@ -88,7 +90,7 @@ class BlipClassification(BlipBase):
             target = soft_targets(self.twin_logits(batch), hard, self.alpha(batch))
         loss = F.cross_entropy(logits, target, reduction="sum") / batch.get("loss_rows", max(len(labels), 1))
         right = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return Output(loss=loss, acc=right)
+        return Output(loss=loss, acc=right, logits=logits.detach())
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """(B, C)."""
@@ -103,7 +105,8 @@ class BlipClassification(BlipBase):
     def _judge(self, batch: dict[str, Any], vision: nn.Module, text: Med, head: nn.Module) -> Tensor:
         states = self.image_states(batch, vision)
         images = [(text.image_keys(states), 1)]
-        found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True)
+        as_is = self.config.text_token == "cls"
+        found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True, as_is=as_is)
         return at_least_float32(head(found[:, 0]))
 
     def alpha(self, batch: dict[str, Any]) -> float:
@@ -148,13 +151,22 @@ class BlipNlvrConfig(BlipClassificationConfig):
 
     num_classes: int = 2
     """Classes."""
+    text_token: Literal["enc", "cls"] = "enc"
+    """First token of a sentence."""
     max_txt_len: int = 512
     """Longest sentence, in tokens, [CLS] and [SEP] included: NLVR2's are not cut."""
     use_distill: bool = False
     """Mix the targets with the opinion of a momentum twin."""
+    merge_from: int | None = None
+    """First layer that joins what is seen of the two images by a matrix; those before it average. null:
+    half-way, which is BLIP's 6. LAVIS has 6 whatever the depth: none where there are fewer layers."""
     merge_init: Literal["random", "mean"] = "random"
     """How the matrices that join what is seen of the two images start: random, as in BLIP, or averaging, with
     which a pre-trained text transformer begins with what it has learned."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        return super().problems() + self._at_least(0, "merge_from")
 
 
 @MODELS.register("blip_nlvr")
@@ -164,7 +176,7 @@ class BlipNlvr(BlipClassification):
     Shape:
         batch: `image0`, `image1` (B, 3, H, W), or `image0_embeds`, `image1_embeds` (B, P, D_image) of a
             frozen tower; `text_input` (or `text_ids`, `text_mask`), `label` int64 (B,).
-        returns: `loss`, `acc`.
+        returns: as `BlipClassification`.
     """
 
     config_class = BlipNlvrConfig
@@ -175,7 +187,7 @@ class BlipNlvr(BlipClassification):
     num_images = 2
 
     def _text(self) -> Med:
-        text = super()._text()
+        text = self._med(self.vision.width, num_images=2, merge_from=self.config.merge_from)
         if self.config.merge_init == "mean":
             for layer in text.blocks():
                 layer.part("cross_attn", "encode").merge_as_mean()
@@ -187,5 +199,6 @@ class BlipNlvr(BlipClassification):
         else:
             states = vision(torch.cat([batch["image0"], batch["image1"]]))
         images = [(text.image_keys(some, which=i), 1) for i, some in enumerate(states.chunk(2))]
-        found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True)
+        as_is = self.config.text_token == "cls"
+        found = text.grounded(batch["text_ids"], batch["text_mask"], images, first_only=True, as_is=as_is)
         return at_least_float32(head(found[:, 0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from blip.config.schema import ModelConfig
+from blip.layers.decoding import BeamLengths
 from blip.models.med import MedConfig
 from blip.models.vision import RecomputeMode, VisionConfig
 
@@ -77,6 +78,22 @@ class BlipConfig(ModelConfig):
         if self.vit_grad_ckpt:
             return "torch", self.vit_ckpt_layer
         return self.vit.checkpoint, self.vit.checkpoint_last
+
+
+@dataclass
+class WritingConfig(BlipConfig):
+    """A decoder that writes."""
+
+    label_smoothing: float = 0.1
+    """Of the loss, and of the scores of candidates, as in BLIP."""
+    beam_lengths: BeamLengths = "whole"
+    """What the scores of beams are divided by, to the power of the length penalty: the tokens of the `whole`
+    text, with its prompt and without its end, as when BLIP and LAVIS were written, or the `new` ones, the
+    end included, as in Hugging Face's models today."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        return super().problems() + self._within(0, 0.9, "label_smoothing")
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip.batch import Output
+from blip.batch import FeatureOutput, Output
 from blip.errors import UsageError, hint
 from blip.layers.attention import ImageKeys
 from blip.layers.masks import padding_mask
@@ -63,6 +63,7 @@ class BlipFeatureExtractor(Comparing, BlipBase):
         """Features of pairs, as `extract_features` gives them."""
         return self.extract_features(samples)
 
+    @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:
         """Features of images, texts or pairs, as LAVIS names them; token 0 stands for the whole.
 
@@ -70,7 +71,10 @@ class BlipFeatureExtractor(Comparing, BlipBase):
             samples: `image` and/or `text_input` (or `text_ids`, `text_mask`).
             mode: `image`: `image_embeds` (B, P, D_image), `image_embeds_proj` (B, P, E) unit norm; `text`:
                 `text_embeds` (B, T, D), `text_embeds_proj` (B, T, E) unit norm; `multimodal`:
-                `multimodal_embeds` (B, T, D), of texts that look at their images.
+                `multimodal_embeds` (B, T, D), of texts that look at their images, and `image_embeds`.
+
+        Returns:
+            What the mode names, without gradients; the others of LAVIS's five names are None.
 
         Raises:
             UsageError: unknown mode.
@@ -79,14 +83,15 @@ class BlipFeatureExtractor(Comparing, BlipBase):
             raise UsageError(f"extract_features: unknown mode {mode!r}{hint(mode, MODES)}")
         if mode == "image":
             states = at_least_float32(self.image_states(samples))
-            return Output(image_embeds=states, image_embeds_proj=_unit(self.vision_proj(states)))
+            return FeatureOutput(image_embeds=states, image_embeds_proj=_unit(self.vision_proj(states)))
         samples = self.with_text(samples, self.config.med.max_positions)
         ids, mask = samples["text_ids"], samples["text_mask"]
         if mode == "text":
             states = self.text.unimodal(ids, mask)
-            return Output(text_embeds=states, text_embeds_proj=_unit(self.text_proj(states)))
-        images = [(self.text.image_keys(self.image_states(samples)), 1)]
-        return Output(multimodal_embeds=self.text.grounded(ids, mask, images))
+            return FeatureOutput(text_embeds=states, text_embeds_proj=_unit(self.text_proj(states)))
+        states = at_least_float32(self.image_states(samples))
+        found = self.text.grounded(ids, mask, [(self.text.image_keys(states), 1)])
+        return FeatureOutput(image_embeds=states, multimodal_embeds=found)
 
 
 @dataclass
@@ -161,8 +166,8 @@ class BlipImageTextMatching(Judging, BlipFeatureExtractor):
             block_num: layer of the text transformer, from 0; its cross-attention is shown.
 
         Returns:
-            For each pair maps (2 + n, h, w) over the patches: that of [ENC], the mean over the words, and one
-            for each of its n tokens, [ENC] and [SEP] included; and the matching logits (B, 2).
+            For each pair of n tokens maps (1 + n, h, w) over the patches: that of [ENC], the mean over the
+            words, those of the words, and that of [SEP]; and the matching logits (B, 2).
 
         Raises:
             UsageError: no such layer.
@@ -177,7 +182,7 @@ class BlipImageTextMatching(Judging, BlipFeatureExtractor):
         maps = []
         for each, length in zip(seen, samples["text_mask"].sum(dim=1).tolist(), strict=True):
             words = each[1 : length - 1].sum(dim=0) / max(length - 2, 1)
-            maps.append(torch.cat([each[:1], words[None], each[:length]]))
+            maps.append(torch.cat([each[:1], words[None], each[1:length]]))
         return maps, logits.detach()
 
     def _watch(self, samples: dict[str, Any], block_num: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from blip.layers.text import LMHead
 from blip.losses import at_least_float32
 from blip.models.bert_init import BertParts
 from blip.models.blip_base import BlipBase
-from blip.models.blip_config import BlipConfig
+from blip.models.blip_config import WritingConfig
 from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import decoding, write
 from blip.models.narrate import answer_loss, decoder_labels
@@ -35,20 +35,14 @@ RANK_ROWS = 1024
 
 
 @dataclass
-class BlipVqaConfig(BlipConfig):
+class BlipVqaConfig(WritingConfig):
     """Sizes and switches of BLIP for question answering."""
 
-    label_smoothing: float = 0.1
-    """Of the loss, and of the scores of candidates, as in BLIP."""
     question_token: Literal["enc", "cls"] = "enc"
     """First token of a question: [ENC], as in training, or [CLS], as Hugging Face leaves it."""
     generate_attends_padding: bool = False
     """Let generated answers look at the padding of questions, as the original code, LAVIS and Hugging Face
     do; answers then depend on the other questions of the batch."""
-
-    def problems(self) -> list[str]:
-        """Values that cannot be used."""
-        return super().problems() + self._within(0, 0.9, "label_smoothing")
 
 
 class Begun(NamedTuple):
@@ -195,6 +189,7 @@ class BlipVqa(BlipBase):
             max_length=max_len,
             min_length=min_len,
             length_penalty=length_penalty,
+            beam_lengths=self.config.beam_lengths,
         )
         if self.config.generate_attends_padding:
             keys = keys._replace(mask=None)

@@ -96,6 +96,13 @@ def blip_sizes(tensors: Mapping[str, Tensor], config_class: type[ModelConfig]) -
     if "cls_head.2.weight" in tensors:
         values["num_classes"] = len(tensors["cls_head.2.weight"])
         values["use_distill"] = "twin.cls_head.2.weight" in tensors
+    if any(".cross_attn.looks." in name for name in tensors):
+        merged = [re.match(r"text\.layers\.(\d+)\.cross_attn\.merge\.", name) for name in tensors]
+        values["merge_from"] = min((int(m[1]) for m in merged if m), default=values["med"]["depth"])
+    positions = values.get("med", {}).get("max_positions")
+    longest = getattr(config_class, "max_txt_len", None)
+    if positions and longest and longest > positions:
+        values["max_txt_len"] = positions
     if "itm_head.weight" in tensors and "lm_head.bias" in tensors:
         values["share"] = _share(tensors)
     known = {part.name for part in fields(config_class)}

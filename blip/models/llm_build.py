@@ -284,7 +284,7 @@ def add_lora(model: Any, config: LoraConfig) -> dict[str, nn.Parameter]:
         ) from error
     how = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # fractions work too
         lora_dropout=config.dropout,
         target_modules=list(config.targets) or None,
     )

@@ -60,6 +60,7 @@ class Parts(NamedTuple):
     image_width: int | None
     dropout: float
     num_images: int
+    merge_from: int
     layer: int
 
     def new(self, part: str) -> nn.Module | None:
@@ -78,8 +79,8 @@ class Parts(NamedTuple):
             return None
         if self.num_images == 1:
             return Attention(config.width, kv_width=self.image_width, **sizes)
-        upper_half = self.layer >= config.depth // 2
-        return PairAttention(config.width, kv_width=self.image_width, merge=upper_half, **sizes)
+        merge = self.layer >= self.merge_from
+        return PairAttention(config.width, kv_width=self.image_width, merge=merge, **sizes)
 
 
 class MedLayer(nn.Module):
@@ -133,6 +134,7 @@ class Med(nn.Module):
         dropout: of embeddings, attention probabilities and every sub-block's output.
         share: what encoder and decoder share, a key of `DECODER_HAS`; None where only one of them is needed.
         num_images: 2 for texts about two images.
+        merge_from: of those, the first layer that joins what is seen by a matrix; None: half-way.
 
     Raises:
         ConfigError: sizes that cannot be built.
@@ -146,6 +148,7 @@ class Med(nn.Module):
         dropout: float = 0.1,
         share: str | None = None,
         num_images: Literal[1, 2] = 1,
+        merge_from: int | None = None,
     ) -> None:
         if problems := config.problems():  # it may have been changed since it was built
             raise SectionError(config.section, problems)
@@ -154,7 +157,11 @@ class Med(nn.Module):
         self.embedding = TextEmbedding(*embedding)
         self.decode_embedding = TextEmbedding(*embedding) if share == "none" else None
         decoder_has = DECODER_HAS[share] if share else ()
-        parts = (Parts(config, image_width, dropout, num_images, layer) for layer in range(config.depth))
+        merge_from = config.depth // 2 if merge_from is None else merge_from
+        parts = (
+            Parts(config, image_width, dropout, num_images, merge_from, layer)
+            for layer in range(config.depth)
+        )
         self.layers = nn.ModuleList(MedLayer(part, decoder_has) for part in parts)
         self.dec_id, self.enc_id = vocab_size - 2, vocab_size - 1
         """Ids of [DEC] and [ENC]: the last two rows, as BLIP adds them, unless a tokenizer says otherwise."""

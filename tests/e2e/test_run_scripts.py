@@ -169,7 +169,9 @@ def test_real_parts_on_one_s_own_pictures(bin_folder: Path, tmp_path: Path) -> N
     run(laptop, *places, *own, code=0, **environment)
     given = f"datasets.scenes.images={photos} datasets.scenes.path={table} run.test_splits=[]"
     stored = f"features={output}/features/scenes"
-    told = f"datasets.scenes_instruct.path={table} datasets.scenes_instruct.images={photos} run.test_splits=[]"
+    told = (
+        f"datasets.scenes_instruct.path={table} datasets.scenes_instruct.images={photos} run.test_splits=[]"
+    )
     assert calls.read_text().splitlines() == [
         f"-m blip.cache_features --cfg laptop/pretrain_stage1.yaml {given} run.max_iters=7"
         f" run.output_dir={output}/features",

@@ -22,9 +22,14 @@ from tests.reference.small_stage1 import assert_same, global_batch, gradients, s
 ROWS = 6
 
 
+def found(model: Blip2Qformer, batch: dict[str, Any], mode: str) -> Any:
+    """`extract_features` with gradients."""
+    return Blip2Qformer.extract_features.__wrapped__(model, batch, mode=mode)  # type: ignore[attr-defined]
+
+
 def features(model: Blip2Qformer, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    image = model.extract_features(batch, mode="image").image_embeds_proj
-    return image, model.extract_features(batch, mode="text").text_embeds_proj[:, 0]
+    image = found(model, batch, "image").image_embeds_proj
+    return image, found(model, batch, "text").text_embeds_proj[:, 0]
 
 
 def plain_itc(model: Blip2Qformer, batch: dict[str, Any], ids: list[int] | None) -> Tensor:
@@ -46,7 +51,7 @@ def plain_itm(model: Blip2Qformer, batch: dict[str, Any], ids: list[int] | None)
             "text_ids": batch["text_ids"][text : text + 1, :length],
             "text_mask": batch["text_mask"][text : text + 1, :length],
         }
-        queries = model.extract_features(pair, mode="multimodal").multimodal_embeds
+        queries = found(model, pair, "multimodal").multimodal_embeds
         logits.append(reference.itm_logits(queries, model.itm_head.weight, model.itm_head.bias))
     return reference.itm_loss(torch.cat(logits), [1] * ROWS + [0] * 2 * ROWS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from blip.models.blip_pretrain import BlipPretrain, BlipPretrainConfig
 from blip.models.blip_retrieval import BlipRetrieval, BlipRetrievalConfig
 from blip.models.blip_vqa import BlipVqa, BlipVqaConfig
 from blip.models.med import DECODER_HAS
+from blip.weights import save_safetensors
+from blip.zoo import from_pretrained
 from tests.reference.small_blip import small_blip
 
 ARCH = {
@@ -294,12 +297,19 @@ def test_numbers_of_positions_and_the_second_bias_may_be_there_or_not() -> None:
         lavis.table("blip_vqa").to_ours(theirs)
 
 
-def test_a_retrieval_file_without_momentum_is_one_for_matching() -> None:
+def test_a_retrieval_file_without_momentum_is_one_for_both(tmp_path: Path) -> None:
     theirs = {
-        n: t for n, t in exported("retrieval").items() if "_m." not in n and "queue" not in n and n != "temp"
-    }
-    assert recognise(theirs).arch == "blip_image_text_matching"
-    assert recognise(theirs, "blip_retrieval").arch == "blip_image_text_matching"  # its names are the same
+        n: t for n, t in exported("retrieval").items() if "_m." not in n and "queue" not in n
+    }  # as LAVIS's runner saves it
+    assert recognise(theirs).arch == "blip_retrieval"
+    bare = {name: tensor for name, tensor in theirs.items() if name != "temp"}
+    assert recognise(bare).arch == "blip_image_text_matching"
+    assert recognise(bare, "blip_retrieval").arch == "blip_image_text_matching"  # its names are the same
+    save_safetensors(theirs, tmp_path / "without.safetensors")
+    sizes = {"vit": {"heads": 2}, "med": {"num_heads": 2}}
+    for arch in (None, "blip_retrieval", "blip_image_text_matching"):
+        model = from_pretrained(tmp_path / "without.safetensors", arch=arch, **sizes)
+        assert torch.equal(model.itm_head.weight, theirs["itm_head.weight"].float())
 
 
 def test_a_model_takes_weights_of_its_family_only() -> None:

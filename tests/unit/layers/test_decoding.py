@@ -104,6 +104,7 @@ def plain_beam_search(
     most, least = decoding.max_length - used, decoding.min_length - used
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     finished: list[tuple[float, list[int]]] = []
+    beams, whole = decoding.num_beams, decoding.beam_lengths == "whole"
     for length in range(1, most + 1):
         candidates = []
         for score, text in live:
@@ -116,15 +117,26 @@ def plain_beam_search(
             if length <= least:
                 log_probs[decoding.end_id] = -torch.inf
             candidates += [(score + p, [*text, token]) for token, p in enumerate(log_probs.tolist())]
-        candidates = sorted(candidates, reverse=True)[: 2 * decoding.num_beams]
+        candidates = sorted(candidates, reverse=True)[: 2 * beams]
+        if whole:  # transformers 4.25's BeamSearchScorer
+            before = (len(prompt) + length - 1) ** decoding.length_penalty  # without the token of this step
+            said = [(s / before, t) for s, t in candidates[:beams] if t[-1] == decoding.end_id]
+            finished = sorted(finished + said, reverse=True)[:beams]
+            if len(finished) == beams and candidates[0][0] / before <= finished[-1][0]:
+                break
+            live = [(s, t) for s, t in candidates if t[-1] != decoding.end_id][:beams]
+            if length == most:
+                after = (len(prompt) + length) ** decoding.length_penalty
+                finished = sorted(finished + [(s / after, t) for s, t in live], reverse=True)[:beams]
+            continue
         ended = [text[-1] == decoding.end_id or length == most for _, text in candidates]
         for (score, text), has_ended in list(zip(candidates, ended, strict=True))[: decoding.num_beams]:
             if has_ended:
                 finished.append((score / length**decoding.length_penalty, text))
         finished = sorted(finished, reverse=True)[: decoding.num_beams]
         live = [c for c, has_ended in zip(candidates, ended, strict=True) if not has_ended]
-        live = live[: decoding.num_beams]
-        full = len(finished) == decoding.num_beams
+        live = live[:beams]
+        full = len(finished) == beams
         if full and live and live[0][0] / length**decoding.length_penalty <= finished[-1][0]:
             break
     return finished
@@ -150,7 +162,7 @@ def batch(seed: int, size: int, length: int = 4) -> tuple[Tensor, Tensor, Tensor
     return prompts, mask, torch.randn(size, WIDTH, dtype=torch.double)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_beam_search_is_the_plain_one_of_each_item(seed: int) -> None:
     chance = random.Random(seed)
     beams = chance.randint(2, 4)
@@ -164,6 +176,7 @@ def test_beam_search_is_the_plain_one_of_each_item(seed: int) -> None:
         length_penalty=chance.choice([-0.5, 0.0, 1.0, 2.5]),
         repetition_penalty=chance.choice([1.0, 1.3, 0.7]),
         penalize_prompt=chance.random() < 0.5,
+        beam_lengths=("new", "whole")[seed % 2],
     )
     vocab_size = 10  # padding, the end and twice four beams: no step runs out of candidates
     prompts, mask, images = batch(seed, size=4)

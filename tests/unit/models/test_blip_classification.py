@@ -34,7 +34,9 @@ def plain_logits(model: Any, weights: dict[str, Tensor], batch: dict[str, Any]) 
     states = [functional_call(model.vision, reference.part(weights, "vision"), some) for some in pictures]
     text, rows = reference.part(weights, "text"), []
     for row in range(ROWS):
-        ids = [model.text.enc_id, *reference.real(batch, row)[1:]]
+        ids = reference.real(batch, row)
+        if model.config.text_token == "enc":
+            ids = [model.text.enc_id, *ids[1:]]
         enc = reference.med(text, ids, [some[row] for some in states])[0]
         inner = reference.linear(enc, weights, "cls_head.0").clamp(min=0)
         rows.append(reference.linear(inner, weights, "cls_head.2"))
@@ -55,16 +57,27 @@ def plain_loss(model: Any, batch: dict[str, Any], alpha: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("kind", "distil"), [("classification", True), ("classification", False), ("nlvr", False), ("nlvr", True)]
+    ("kind", "values"),
+    [
+        ("classification", {"use_distill": True}),
+        ("classification", {"use_distill": False}),
+        ("classification", {"text_token": "enc"}),
+        ("nlvr", {"use_distill": False}),
+        ("nlvr", {"use_distill": True}),
+        ("nlvr", {"text_token": "cls"}),
+    ],
 )
-def test_loss_and_gradients_are_those_of_plain_loops(kind: str, distil: bool) -> None:
-    ours, plain = (small_blip(kind, use_distill=distil) for _ in range(2))
+def test_loss_and_gradients_are_those_of_plain_loops(kind: str, values: dict[str, Any]) -> None:
+    ours, plain = (small_blip(kind, **values) for _ in range(2))
+    distil = ours.config.use_distill
+    assert ours.config.text_token == values.get("text_token", {"nlvr": "enc"}.get(kind, "cls"))
     batch = batch_of(kind) | {"step": 3, "num_iters_per_epoch": 4}
     got, expected = ours(batch), plain_loss(plain, batch, 0.4 * 0.75 if distil else 0.0)
     torch.testing.assert_close(got.loss, expected, **NEAR)
     logits = plain_logits(plain, dict(plain.named_parameters()), batch)
     right = (logits.argmax(dim=1) == batch["label"]).double().mean()
     assert float(got.acc) == pytest.approx(float(right))
+    torch.testing.assert_close(got.logits, logits.detach())
     got.loss.backward()
     expected.backward()
     assert_same(gradients(ours), gradients(plain), 1e-8)

@@ -41,7 +41,11 @@ def test_features_of_the_three_modes_are_those_of_plain_loops() -> None:
     image, text, both = (model.extract_features(batch, mode=m) for m in ("image", "text", "multimodal"))
     assert list(image) == ["image_embeds", "image_embeds_proj"]
     assert list(text) == ["text_embeds", "text_embeds_proj"]
-    assert list(both) == ["multimodal_embeds"]
+    assert list(both) == ["image_embeds", "multimodal_embeds"]
+    assert text.multimodal_embeds is None
+    with pytest.raises(AttributeError, match="output has no 'embeds'; it has text_embeds"):
+        _ = text.embeds
+    assert torch.equal(both.image_embeds, image.image_embeds)
     torch.testing.assert_close(image.image_embeds, model.vision(batch["image"]))
     for row in range(ROWS):
         states = image.image_embeds[row]
@@ -54,7 +58,10 @@ def test_features_of_the_three_modes_are_those_of_plain_loops() -> None:
         torch.testing.assert_close(text.text_embeds_proj[row, : len(alone)], proj, **NEAR)
         looking = med_states(model, batch, row, states, model.text.enc_id)
         torch.testing.assert_close(both.multimodal_embeds[row, : len(looking)], looking, **NEAR)
-    assert torch.equal(model(batch).multimodal_embeds, both.multimodal_embeds)
+    with torch.enable_grad():
+        again = model(batch).multimodal_embeds
+    assert torch.equal(again, both.multimodal_embeds)
+    assert not again.requires_grad
 
 
 @torch.no_grad()
@@ -164,7 +171,7 @@ def test_grad_cam_is_attention_times_its_positive_slope(monkeypatch: pytest.Monk
     model, batch = small_blip("matching").eval(), global_batch(ROWS, ids=False)
     maps, logits = model.compute_gradcam(batch, block_num=0)
     torch.testing.assert_close(logits, model(batch).detach(), **NEAR)
-    assert [len(found) for found in maps] == (batch["text_mask"].sum(dim=1) + 2).tolist()
+    assert [len(found) for found in maps] == (batch["text_mask"].sum(dim=1) + 1).tolist()
     plain = Attention.with_weights
     row, token, patch, step = 1, 2, 0, 1e-5
 
@@ -188,9 +195,8 @@ def test_grad_cam_is_attention_times_its_positive_slope(monkeypatch: pytest.Monk
     expected = sum(
         float(weights[row, head, token, 1 + patch]) * max(slope, 0.0) for head, slope in enumerate(slopes)
     ) / len(slopes)
-    assert float(maps[row][2 + token].flatten()[patch]) == pytest.approx(expected, rel=1e-4)
-    words = maps[row][3 : 2 + int(batch["text_mask"][row].sum()) - 1]
+    assert float(maps[row][1 + token].flatten()[patch]) == pytest.approx(expected, rel=1e-4)
+    words = maps[row][2:-1]
     torch.testing.assert_close(maps[row][1], words.mean(dim=0))
-    torch.testing.assert_close(maps[row][0], maps[row][2])
     with pytest.raises(UsageError, match="block_num: 9, where layers are 0 to"):
         model.compute_gradcam(batch, block_num=9)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blip.models.blip_caption import BlipCaptionConfig
-from blip.models.blip_classification import BlipClassificationConfig
+from blip.models.blip_classification import BlipClassificationConfig, BlipNlvrConfig
 from blip.models.blip_pretrain import BlipPretrainConfig
 from blip.models.blip_retrieval import BlipRetrievalConfig
 from blip.models.blip_weights import PUBLISHED, adopt, blip_sizes
@@ -185,14 +185,24 @@ def test_sizes_are_read_off_the_weights() -> None:
         "embed_dim": 8,
         "queue_size": 10,
         "share": "all_but_sa",
+        "max_txt_len": 16,  # the default, 30, has no positions
     }
     assert unknown == ["vit.heads", "med.num_heads"]
     found, _ = blip_sizes(state("pretrain"), BlipRetrievalConfig)
-    assert found["queue_size"] == 10
+    assert (found["queue_size"], found["max_txt_len"]) == (10, 16)  # it would be 35, with 16 positions
     assert "share" not in found
     assert not {"embed_dim", "queue_size"} & set(blip_sizes(state("pretrain"), BlipCaptionConfig).values)
     found, _ = blip_sizes(state("classification", num_classes=5, use_distill=False), BlipClassificationConfig)
     assert (found["num_classes"], found["use_distill"]) == (5, False)
+
+
+@pytest.mark.parametrize(("merge_from", "found"), [(None, 1), (0, 0), (1, 1), (2, 2), (6, 2)])
+def test_where_two_images_are_joined_is_read_off_the_weights(merge_from: int | None, found: int) -> None:
+    weights = state("nlvr", merge_from=merge_from)  # two layers
+    merged = {name.split(".cross_attn.")[0] for name in weights if ".cross_attn.merge." in name}
+    assert merged == {f"text.layers.{layer}" for layer in range(found, 2)}
+    assert blip_sizes(weights, BlipNlvrConfig).values["merge_from"] == found
+    assert "merge_from" not in blip_sizes(state("classification"), BlipClassificationConfig).values
 
 
 def test_a_stem_is_read_off_the_weights() -> None:
