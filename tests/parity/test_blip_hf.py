@@ -185,7 +185,7 @@ def test_generated_captions_are_those_of_transformers(caption: tuple[Any, Any], 
     )
     keys = ours.text.image_keys(ours.image_states({"image": images()}))
     mask = torch.ones_like(prompt, dtype=torch.bool)
-    decoding = Decoding(end_id=SEP, pad_id=0, **rules)
+    decoding = Decoding(end_id=SEP, pad_id=0, beam_lengths=ours.config.beam_lengths, **rules)
     found = write(ours.text, ours.lm_head, keys, prompt, mask, decoding, None)
     assert _cut(found.ids) == _cut(wanted[:, 3:])
 
@@ -297,7 +297,7 @@ def test_generated_answers_are_those_of_transformers(vqa: tuple[Any, Any], num_b
     )
     keys = ours.question_keys({"image": images(), "text_ids": ids, "text_mask": mask})._replace(mask=None)
     start = torch.zeros(3, 1, dtype=torch.int64)
-    decoding = Decoding(end_id=SEP, pad_id=0, **rules)
+    decoding = Decoding(end_id=SEP, pad_id=0, beam_lengths=ours.config.beam_lengths, **rules)
     once = torch.ones_like(start, dtype=torch.bool)
     found = write(ours.answer_decoder, ours.lm_head, keys, start, once, decoding, None)
     assert ours.config.generate_attends_padding
