@@ -74,6 +74,7 @@ def _values(config: Any) -> dict[str, Any]:
         **values_of_parts(config),
         "vit_init_from": None,  # the tower and the language model are among the weights
         "prompt": "",
+        "beam_lengths": "new",
         "llm_model": None,
         "llm": {
             "sizes": {"model_type": text.model_type, **sizes},

@@ -17,7 +17,7 @@ from torch import Tensor
 from blip import keyed
 from blip.errors import ConfigError, DataError
 
-BeamLengths = Literal["new", "whole"]
+BeamLengths = Literal["new", "whole", "start"]
 
 NEVER = -1.0e9
 """Score of what does not count: transformers' value, finite so that what is added to it keeps its order."""
@@ -78,7 +78,9 @@ class Decoding:
     """Scores of beams are divided by their length to this power."""
     beam_lengths: BeamLengths = "new"
     """That length: `new`, the tokens behind the prompt, the end included, as in transformers today; `whole`,
-    those of the whole text without its end, as in transformers when LAVIS was written (4.25)."""
+    those of the whole text without its end, as in transformers when BLIP and LAVIS were written (4.25);
+    `start`, the new tokens and what a decoder starts with, without the end, as in transformers 4.33, which
+    LAVIS runs language models with."""
     repetition_penalty: float = 1.0
     """Above 1, tokens of the prompt and of the text so far become less likely."""
     penalize_prompt: bool = True
@@ -183,9 +185,10 @@ class _Rules:
     def __init__(self, decoding: Decoding, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         self.decoding = decoding
         self.copies = decoding.num_captions if decoding.sample else decoding.num_beams
-        self.prompt = prompt_mask.sum(dim=1)
-        """(B,), tokens of the prompts."""
-        used = self.prompt * decoding.count_prompt
+        prompt = prompt_mask.sum(dim=1)
+        self.before = prompt if decoding.beam_lengths == "whole" else torch.ones_like(prompt)
+        """(B,), tokens before the new ones that count for the length of a beam, where any do."""
+        used = prompt * decoding.count_prompt
         self.limits = self.all_limits = decoding.max_length - used
         """(B,), new tokens at most."""
         self.least = decoding.min_length - used
@@ -221,7 +224,7 @@ class _Rules:
         """Continue other rows, with a new token (R,) each."""
         if items is not None:
             self.limits, self.least = self.limits[items], self.least[items]
-            self.prompt = self.prompt[items]
+            self.before = self.before[items]
         if self.seen is not None:
             self.seen = torch.cat([self.seen[rows], tokens[:, None]], dim=1)
 
@@ -298,16 +301,17 @@ class _Beams:
         ids = _of_item(self.ids, source)
         ids[:, :, step] = tokens
         first = torch.arange(scores.shape[1], device=scores.device) < beams
-        if rules.decoding.beam_lengths == "whole":
-            ends = tokens == rules.decoding.end_id
-            self._finish(scores, ids, ends & first, rules.prompt + step, rules)
-            self._close(scores[:, 0], rules.prompt + step, rules)
+        lengths = rules.decoding.beam_lengths
+        if lengths != "new":
+            ends, length = tokens == rules.decoding.end_id, rules.before + step
+            self._finish(scores, ids, ends & first, length, rules)
+            self._close(scores[:, 0], length + (lengths == "start"), rules)
             going_on = self._go_on(scores, ids, ends)
             last = (step + 1 >= rules.limits)[:, None]  # beams without an end count once all have been seen
-            self._finish(self.scores, self.ids, last.expand_as(self.scores), rules.prompt + step + 1, rules)
+            self._finish(self.scores, self.ids, last.expand_as(self.scores), length + 1, rules)
         else:
             ends = rules.ends(tokens, step)
-            length = torch.full_like(rules.prompt, step + 1)
+            length = torch.full_like(rules.before, step + 1)
             self._finish(scores, ids, ends & first, length, rules)
             going_on = self._go_on(scores, ids, ends)
             self._close(self.scores[:, 0], length, rules)

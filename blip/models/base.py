@@ -181,7 +181,8 @@ class BlipModel(nn.Module):
         """The tower's states (B, P, D_image), or the batch's `image_embeds` in their place.
 
         Frames of videos, `image` (B, F, 3, H, W), give the states of all frames one after the other,
-        (B, F * P, D_image), as BLIP reads videos.
+        (B, F * P, D_image), as BLIP reads videos. LAVIS's order, (B, 3, F, H, W), is taken too, but for three
+        frames.
 
         Args:
             batch: with `image` or `image_embeds`.
@@ -192,6 +193,8 @@ class BlipModel(nn.Module):
         tower = self.vision if tower is None else tower
         image = batch["image"]
         if image.ndim == 5:
+            if image.shape[1] == 3 != image.shape[2]:
+                image = image.transpose(1, 2)
             return tower(image.flatten(0, 1)).unflatten(0, image.shape[:2]).flatten(1, 2)
         return tower(image)
 

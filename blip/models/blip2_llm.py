@@ -18,7 +18,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from blip.models.generate import draws_of
 from blip.models.lemmas import lemmatize
 from blip.models.llm import LLMConfig, build_llm
 from blip.models.llm_presets import sizes_of_llm
+from blip.models.llm_tokenizer import Side
 from blip.models.vision import RecomputeMode
 from blip.registry import MODELS
 
@@ -69,6 +70,10 @@ class Blip2LlmConfig(Blip2Config):
     max_output_txt_len: int | None = None
     """Longest text to be learned where it continues another, in tokens; longer ones are cut; null:
     `max_txt_len`."""
+    beam_lengths: Literal["start", "new"] = "start"
+    """What the scores of beams are divided by, to the power of the length penalty: `start`, the new tokens
+    and what a decoder starts with, without the end, as in the transformers that LAVIS runs; `new`, the new
+    tokens, the end included, as in today's."""
     apply_lemmatizer: bool = False
     """Reduce nouns and verbs of answers to their lemmas, by spaCy, which has to be installed besides."""
 
@@ -154,7 +159,7 @@ class Blip2Llm(Blip2Base):
             tokens = tokenizer.text(texts.given, config.prompt, config.max_txt_len)
         else:
             longest = config.max_output_txt_len or config.max_txt_len
-            tokens = tokenizer.train(texts.given, texts.wanted, config.max_txt_len, longest)
+            tokens = tokenizer.train(texts.given, texts.wanted, config.max_txt_len, longest, side=self.cut)
         return {**batch, **tokens, **self._for_qformer(texts.read)}
 
     def texts(self, batch: dict[str, Any]) -> Texts:
@@ -186,6 +191,11 @@ class Blip2Llm(Blip2Base):
             found.append(batch["answer"][start + which])
             start += count
         return found
+
+    @property
+    def cut(self) -> Side:
+        """Which end of a long text is cut off where it is continued: LAVIS's FlanT5 reads its beginning."""
+        return "right" if self.llm.is_encoder_decoder else "left"
 
     def _random(self, batch: dict[str, Any], what: str) -> list[float]:
         """A number in [0, 1) per row of the global batch of this step."""
@@ -222,7 +232,7 @@ class Blip2Llm(Blip2Base):
         if states.ndim == 4:
             frames, states = states.shape[1], states.flatten(0, 1)
         elif "image_embeds" not in batch and batch["image"].ndim == 5:
-            frames = batch["image"].shape[1]
+            frames = states.shape[1] // self.vision.num_tokens
             states = states.unflatten(1, (frames, -1)).flatten(0, 1)
         images = [(self.image_keys(states), 1)]
         if self.config.qformer_text_input:
@@ -260,11 +270,12 @@ class Blip2Llm(Blip2Base):
             use_nucleus_sampling: draw with `top_p`, `top_k` and `temperature`, instead of following beams.
             num_beams: texts that are followed at once.
             max_length: new tokens at most; None: 30, of InstructBLIP 256.
-            min_length: new tokens at least, the end included; one less of an encoder-decoder, as in LAVIS.
+            min_length: tokens before the end at least; one of them is what a decoder starts with, but for
+                decoders whose `model.beam_lengths` is `new`.
             top_p: draw among the fewest tokens that have this probability together.
             repetition_penalty: above 1, new words that are there become less likely; None: 1, of InstructBLIP
                 1.5.
-            length_penalty: scores of beams are divided by the length to this power.
+            length_penalty: scores of beams are divided by the length (`model.beam_lengths`) to this power.
             num_captions: texts per picture; a picture's texts are returned together.
             temperature: logits are divided by it before drawing.
             prompt: in place of that of `samples`, which is in place of the model's own.
@@ -327,7 +338,7 @@ class Blip2Llm(Blip2Base):
             num_beams: answers that are followed at once (`generate`).
             inference_method: `generate` an answer, or `rank` those of `answer_list`.
             max_len: longest generated answer, in tokens.
-            min_len: shortest one.
+            min_len: shortest one, as `min_length` of `generate`.
             num_ans_candidates: answers that are scored at a time (`rank`).
             answer_list: candidates.
             prompt: with `{}` for the question; two of them: words read in the picture or choices, too. Empty:
@@ -392,9 +403,10 @@ class Blip2Llm(Blip2Base):
     ) -> list[str]:
         """Texts that continue the prompts; `how` are fields of `Decoding`."""
         tokenizer = self.llm.tokenizer
-        if self.llm.is_encoder_decoder:  # whose first token is the decoder's start, which LAVIS counts here
+        lengths = self.config.beam_lengths
+        if self.llm.is_encoder_decoder or lengths == "start":  # what a decoder starts with counts here
             how = {**how, "min_length": max(0, how["min_length"] - 1)}
-        rules = Decoding(tokenizer.end_id, tokenizer.pad_id, count_prompt=False, **how)
+        rules = Decoding(tokenizer.end_id, tokenizer.pad_id, count_prompt=False, beam_lengths=lengths, **how)
         draws = draws_of(samples, len(prompts), seed, self.device) if rules.sample else None
         ids, mask = tokenizer.prompt(prompts)
         prefix = self._prefix(samples, read)

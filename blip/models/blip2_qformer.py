@@ -41,6 +41,7 @@ from blip.models.contrast import (
     gather_pool,
     matching,
 )
+from blip.models.generate import Captioning, QFormerWriter, TextWriter
 from blip.models.narrate import caption_loss, decoder_input, decoder_labels
 from blip.registry import MODELS
 
@@ -60,7 +61,7 @@ class Representation(NamedTuple):
 
 
 @MODELS.register("blip2", "blip2_feature_extractor")
-class Blip2Qformer(Blip2Base, Reranking):
+class Blip2Qformer(Captioning, Blip2Base, Reranking):
     """BLIP-2 stage 1: a frozen vision tower and a Q-Former trained with ITC, ITM and LM.
 
     Shape:
@@ -196,6 +197,12 @@ class Blip2Qformer(Blip2Base, Reranking):
         return self.qformer.embedding.word.num_embeddings - 1 if read is None else read.dec_id
 
     # Inference
+
+    def caption_writer(self, samples: dict[str, Any]) -> tuple[TextWriter, int]:
+        """Text behind the queries, which look at the pictures as in `narrate`."""
+        keys = self.image_keys(self.image_states(samples))
+        queries = self.qformer(images=[(keys, 1)]).cache
+        return QFormerWriter(self.qformer, self.lm_head, self.dec_id, queries), keys.rows
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> Output:

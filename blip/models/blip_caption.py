@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from blip.batch import Output
-from blip.errors import DataError, UsageError
+from blip.errors import DataError
 from blip.layers.text import LMHead
 from blip.models.bert_init import BertParts
 from blip.models.blip_base import BlipBase
 from blip.models.blip_config import WritingConfig
 from blip.models.blip_weights import PUBLISHED, STARTS
-from blip.models.generate import decoding, draws_of, write
+from blip.models.generate import Captioning, MedWriter, TextWriter
 from blip.models.narrate import caption_loss, decoder_labels
 from blip.registry import MODELS
 
@@ -32,7 +32,7 @@ class BlipCaptionConfig(WritingConfig):
 
 
 @MODELS.register("blip_caption")
-class BlipCaption(BlipBase):
+class BlipCaption(Captioning, BlipBase):
     """A tower and a decoder.
 
     Shape:
@@ -61,6 +61,7 @@ class BlipCaption(BlipBase):
     }
     published: ClassVar = PUBLISHED["blip_caption"]
     starts: ClassVar = STARTS["blip_caption"]
+    sampling_penalty: ClassVar = 1.1  # as in BLIP
 
     def __init__(self, config: BlipCaptionConfig, data_root: str | Path | None = None) -> None:
         super().__init__(config, data_root)
@@ -111,71 +112,10 @@ class BlipCaption(BlipBase):
                 )
         return int((decoder_labels(ids, mask, length) != -100).sum())
 
-    @torch.no_grad()
-    def generate(
-        self,
-        samples: dict[str, Any],
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 3,
-        max_length: int = 30,
-        min_length: int = 10,
-        top_p: float = 0.9,
-        repetition_penalty: float | None = None,
-        num_captions: int = 1,
-        length_penalty: float = 1.0,
-        top_k: int = 50,
-        temperature: float = 1.0,
-        seed: int | None = None,
-    ) -> list[str]:
-        """Captions, without their prompts.
-
-        Args:
-            samples: `image` (B, 3, H, W) or `image_embeds`; optional `prompt`, a text or one per picture, in
-                place of the model's own; optional `index` (B,), which keys the random numbers.
-            use_nucleus_sampling: draw tokens, with `top_p`, `top_k` and `temperature`; else follow beams.
-            num_beams: captions that are followed at once.
-            max_length, min_length: in tokens, those of the prompt and [DEC] included.
-            top_p: draw among the fewest tokens that have this probability together.
-            repetition_penalty: above 1, tokens that are there become less likely; None: 1, and 1.1 with
-                nucleus sampling, as in BLIP.
-            num_captions: per picture.
-            length_penalty: scores of beams are divided by their length (`model.beam_lengths`) to this power.
-            top_k: draw among so many tokens.
-            temperature: logits are divided by it before drawing.
-            seed: of the random numbers; None takes one of torch's global generator.
-
-        Returns:
-            B * num_captions texts, a picture's together, the best first.
-        """
-        rules = decoding(
-            self.word_pieces,
-            use_nucleus_sampling,
-            num_beams=num_beams,
-            num_captions=num_captions,
-            max_length=max_length,
-            min_length=min_length,
-            top_p=top_p,
-            top_k=top_k,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
-            beam_lengths=self.config.beam_lengths,
-        )
+    def caption_writer(self, samples: dict[str, Any]) -> tuple[TextWriter, int]:
+        """The decoder, looking at the pictures."""
         keys = self.text.image_keys(self.image_states(samples))
-        draws = draws_of(samples, keys.rows, seed, self.device) if use_nucleus_sampling else None
-        prompt_ids, prompt_mask = self._prompts(samples.get("prompt", self.config.prompt), keys.rows)
-        written = write(self.text, self.lm_head, keys, prompt_ids, prompt_mask, rules, draws)
-        return self.word_pieces.decode(written.ids)
-
-    def _prompts(self, prompt: str | list[str], rows: int) -> tuple[Tensor, Tensor]:
-        """Ids and mask (B, T) of prompts without their [SEP]."""
-        prompts = [prompt] * rows if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != rows:
-            raise UsageError(f"prompt: {len(prompts)} prompts for {rows} pictures; give one, or one each")
-        tokens = self.word_pieces(prompts)
-        ids, mask = tokens["text_ids"].to(self.device), tokens["text_mask"].to(self.device)
-        # The last real token of each row is [SEP]; without it rows are one token shorter.
-        return ids[:, :-1], mask[:, 1:]
+        return MedWriter(self.text, self.lm_head, keys), keys.rows
 
     def bert_starts(self) -> list[tuple[BertParts, LMHead | None]]:
         """The decoder and its head."""

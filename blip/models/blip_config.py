@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from blip.config.schema import ModelConfig
-from blip.layers.decoding import BeamLengths
 from blip.models.med import MedConfig
 from blip.models.vision import RecomputeMode, VisionConfig
 
@@ -86,7 +86,7 @@ class WritingConfig(BlipConfig):
 
     label_smoothing: float = 0.1
     """Of the loss, and of the scores of candidates, as in BLIP."""
-    beam_lengths: BeamLengths = "whole"
+    beam_lengths: Literal["whole", "new"] = "whole"
     """What the scores of beams are divided by, to the power of the length penalty: the tokens of the `whole`
     text, with its prompt and without its end, as when BLIP and LAVIS were written, or the `new` ones, the
     end included, as in Hugging Face's models today."""

@@ -25,7 +25,7 @@ from blip.models.bert_init import BertParts
 from blip.models.blip_base import BlipBase
 from blip.models.blip_config import WritingConfig
 from blip.models.blip_weights import PUBLISHED, STARTS
-from blip.models.generate import decoding, write
+from blip.models.generate import MedWriter, decoding, write
 from blip.models.narrate import answer_loss, decoder_labels
 from blip.registry import MODELS
 
@@ -195,7 +195,8 @@ class BlipVqa(BlipBase):
             keys = keys._replace(mask=None)
         start = torch.zeros(keys.rows, 1, dtype=torch.int64, device=self.device)  # becomes [DEC]
         once = torch.ones_like(start, dtype=torch.bool)
-        written = write(self.answer_decoder, self.lm_head, keys, start, once, rules, None)
+        writer = MedWriter(self.answer_decoder, self.lm_head, keys)
+        written = write(writer, start, once, rules, None)
         return self.word_pieces.decode(written.ids)
 
     def rank_answers(self, keys: ImageKeys, answer_list: list[str], num_candidates: int) -> list[str]:

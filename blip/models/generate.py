@@ -1,25 +1,72 @@
-"""How BLIP's decoder writes texts: MED behind the step function of `layers/decoding.py`."""
+"""How the BERT-like models write texts: MED and the Q-Former behind the steps of `layers/decoding.py`."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from blip.layers.attention import ImageKeys
+from blip.errors import UsageError
+from blip.layers.attention import ImageKeys, KeyValue
 from blip.layers.cache import TokenCache, keep_image_keys
 from blip.layers.decoding import Decoding, Draws, Generated, generate
 from blip.layers.masks import causal_mask
 from blip.layers.text import LMHead
 from blip.models.med import Med
-
-NUCLEUS_REPETITION_PENALTY = 1.1
-"""What BLIP uses with nucleus sampling."""
+from blip.models.qformer import QFormer
 
 
-class MedWriter:
-    """MED's decoder, token by token. What is looked at exists once per item, whatever the number of beams.
+class TextWriter(ABC):
+    """A text transformer and its head, token by token.
+
+    Args:
+        lm_head: states -> logits.
+        words: (V, D), the word embeddings.
+        dec_id: id of [DEC], with which texts begin.
+    """
+
+    cache: TokenCache
+    position: Tensor
+    """int64 (B,), place of each item's next token in its text."""
+    copies: int
+
+    def __init__(self, lm_head: LMHead, words: Tensor, dec_id: int) -> None:
+        self.lm_head, self.words, self.dec_id = lm_head, words, dec_id
+
+    def start(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+        """Read the prompts (B, T), padded on the right. -> logits (B, V)."""
+        states, self.cache = self.read(prompt_ids, prompt_mask)
+        self.position = prompt_mask.sum(dim=1)
+        self.copies = 1
+        rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
+        return self.lm_head(states[rows, self.position - 1], self.words)
+
+    def reorder(self, rows: Tensor, items: Tensor | None) -> None:
+        """Continue other rows; `items` as of `StepDecoder.reorder`."""
+        self.cache.reorder(rows, items)
+        if items is not None:
+            self.position = self.position[items]
+        self.copies = len(rows) // len(self.position)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add a token int64 (R,) to every row. -> logits (R, V)."""
+        states = self.add(tokens, self.position.repeat(self.copies))
+        self.position = self.position + 1
+        return self.lm_head(states, self.words)
+
+    @abstractmethod
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, TokenCache]:
+        """States (B, T, D) of the prompts, and what later tokens look at."""
+
+    @abstractmethod
+    def add(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """States (R, D) of one more token per row, (R,), at those places (R,)."""
+
+
+class MedWriter(TextWriter):
+    """MED's decoder. What is looked at exists once per item, whatever the number of beams.
 
     Args:
         text: decoder.
@@ -28,34 +75,51 @@ class MedWriter:
     """
 
     def __init__(self, text: Med, lm_head: LMHead, keys: ImageKeys) -> None:
-        self.text, self.lm_head, self.keys = text, lm_head, keys
+        super().__init__(lm_head, text.embedding_of("decode").word.weight, text.dec_id)
+        self.text, self.keys = text, keys
 
-    def start(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-        """Read the prompts (B, T), padded on the right. -> logits (B, V)."""
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, TokenCache]:
+        """Prompts that look at what is to be described."""
         output = self.text(prompt_ids, causal_mask(prompt_mask), [(self.keys, 1)], "decode")
-        self.cache = TokenCache(output.cache, prompt_mask)
-        self.position = prompt_mask.sum(dim=1)  # (B,), of the next token
-        self.copies = 1
-        rows = torch.arange(len(prompt_ids), device=prompt_ids.device)
-        return self._logits(output.states[rows, self.position - 1])
+        return output.states, TokenCache(output.cache, prompt_mask)
 
     def reorder(self, rows: Tensor, items: Tensor | None) -> None:
         """Continue other rows; `items` as of `StepDecoder.reorder`."""
-        self.cache.reorder(rows, items)
+        super().reorder(rows, items)
         if items is not None:
             self.keys = keep_image_keys(self.keys, items)
-            self.position = self.position[items]
-        self.copies = len(rows) // len(self.position)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """Add a token int64 (R,) to every row. -> logits (R, V)."""
-        position = self.position.repeat(self.copies)
-        states = self.text.step(tokens, position, self.cache, [(self.keys, self.copies)])
-        self.position = self.position + 1
-        return self._logits(states)
+    def add(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """States of one more token per row."""
+        return self.text.step(tokens, position, self.cache, [(self.keys, self.copies)])
 
-    def _logits(self, states: Tensor) -> Tensor:
-        return self.lm_head(states, self.text.embedding_of("decode").word.weight)
+
+class QFormerWriter(TextWriter):
+    """The Q-Former as a captioner: text behind the queries, which have looked at the picture (BLIP-2, ITG).
+
+    Args:
+        qformer: with text.
+        lm_head: states -> logits.
+        dec_id: id of [DEC].
+        queries: self-attention keys and values of the queries, per layer.
+    """
+
+    def __init__(self, qformer: QFormer, lm_head: LMHead, dec_id: int, queries: list[KeyValue]) -> None:
+        super().__init__(lm_head, qformer.embedding.word.weight, dec_id)
+        self.qformer, self.queries = qformer, queries
+
+    def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, TokenCache]:
+        """Prompts behind the queries."""
+        num_query = self.qformer.num_query
+        attention = causal_mask(prompt_mask, num_query)
+        output = self.qformer(self.qformer.embedding(prompt_ids), attention, past=self.queries)
+        both = [own.behind(past) for own, past in zip(output.cache, self.queries, strict=True)]
+        seen = torch.cat([prompt_mask.new_ones(len(prompt_mask), num_query), prompt_mask], dim=1)
+        return output.text, TokenCache(both, seen)
+
+    def add(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """States of one more token per row."""
+        return self.qformer.step(tokens, position, self.cache)
 
 
 def decoding(word_pieces: Any, use_nucleus_sampling: bool, **how: Any) -> Decoding:
@@ -64,11 +128,8 @@ def decoding(word_pieces: Any, use_nucleus_sampling: bool, **how: Any) -> Decodi
     Args:
         word_pieces: tokenizer; [SEP] ends a text.
         use_nucleus_sampling: draw with `top_p`, `top_k` and `temperature`, instead of following beams.
-        **how: fields of `Decoding`; a `repetition_penalty` of None is 1 with beams, and 1.1 with nucleus
-            sampling, as BLIP has it.
+        **how: fields of `Decoding`.
     """
-    if how.get("repetition_penalty") is None:
-        how["repetition_penalty"] = NUCLEUS_REPETITION_PENALTY if use_nucleus_sampling else 1.0
     if use_nucleus_sampling:
         how["num_beams"] = 1
     else:
@@ -93,15 +154,97 @@ def draws_of(samples: dict[str, Any], num_items: int, seed: int | None, device: 
 
 
 def write(
-    text: Med,
-    lm_head: LMHead,
-    keys: ImageKeys,
+    writer: TextWriter,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     rules: Decoding,
     draws: Draws | None,
 ) -> Generated:
     """Continue prompts (B, T), whose first ids are replaced by [DEC]."""
-    first = torch.full_like(prompt_ids[:, :1], text.dec_id)
+    first = torch.full_like(prompt_ids[:, :1], writer.dec_id)
     prompt_ids = torch.cat([first, prompt_ids[:, 1:]], dim=1)
-    return generate(MedWriter(text, lm_head, keys), prompt_ids, prompt_mask, rules, draws)
+    return generate(writer, prompt_ids, prompt_mask, rules, draws)
+
+
+class Captioning(ABC):
+    """A model that writes captions from [DEC] and a prompt on."""
+
+    config: Any
+    device: torch.device
+    word_pieces: Any
+    sampling_penalty: ClassVar[float] = 1.0
+    """Repetition penalty of nucleus sampling."""
+
+    @abstractmethod
+    def caption_writer(self, samples: dict[str, Any]) -> tuple[TextWriter, int]:
+        """What writes about the pictures, and their number B."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        repetition_penalty: float | None = None,
+        num_captions: int = 1,
+        length_penalty: float = 1.0,
+        top_k: int = 50,
+        temperature: float = 1.0,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Captions, without their prompts.
+
+        Args:
+            samples: `image` (B, 3, H, W) or `image_embeds`; optional `prompt`, a text or one per picture, in
+                place of the model's own, if it has one; optional `index` (B,), which keys the random numbers.
+            use_nucleus_sampling: draw tokens, with `top_p`, `top_k` and `temperature`; else follow beams.
+            num_beams: captions that are followed at once.
+            max_length, min_length: in tokens, those of the prompt and [DEC] included.
+            top_p: draw among the fewest tokens that have this probability together.
+            repetition_penalty: above 1, tokens that are there become less likely; None: 1, and
+                `sampling_penalty` with nucleus sampling.
+            num_captions: per picture.
+            length_penalty: scores of beams are divided by their length (`Decoding.beam_lengths`) to this
+                power.
+            top_k: draw among so many tokens.
+            temperature: logits are divided by it before drawing.
+            seed: of the random numbers; None takes one of torch's global generator.
+
+        Returns:
+            B * num_captions texts, a picture's together, the best first.
+        """
+        if repetition_penalty is None:
+            repetition_penalty = self.sampling_penalty if use_nucleus_sampling else 1.0
+        rules = decoding(
+            self.word_pieces,
+            use_nucleus_sampling,
+            num_beams=num_beams,
+            num_captions=num_captions,
+            max_length=max_length,
+            min_length=min_length,
+            top_p=top_p,
+            top_k=top_k,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            beam_lengths=getattr(self.config, "beam_lengths", "whole"),
+        )
+        writer, rows = self.caption_writer(samples)
+        draws = draws_of(samples, rows, seed, self.device) if use_nucleus_sampling else None
+        prompt = samples.get("prompt", getattr(self.config, "prompt", ""))
+        prompt_ids, prompt_mask = self._prompts(prompt, rows)
+        written = write(writer, prompt_ids, prompt_mask, rules, draws)
+        return self.word_pieces.decode(written.ids)
+
+    def _prompts(self, prompt: str | list[str], rows: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask (B, T) of prompts without their [SEP]."""
+        prompts = [prompt] * rows if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != rows:
+            raise UsageError(f"prompt: {len(prompts)} prompts for {rows} pictures; give one, or one each")
+        tokens = self.word_pieces(prompts)
+        ids, mask = tokens["text_ids"].to(self.device), tokens["text_mask"].to(self.device)
+        # The last real token of each row is [SEP]; without it rows are one token shorter.
+        return ids[:, :-1], mask[:, 1:]

@@ -17,6 +17,7 @@ from blip.models import prompts as ask
 from blip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
 from blip.models.blip2_weights import BERT, EVA, LAVIS
 from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, VICUNA_7B, VICUNA_13B
+from blip.models.llm_tokenizer import Side
 from blip.registry import MODELS
 from blip.templates import dialog
 
@@ -45,6 +46,11 @@ class Blip2LlmInstruct(Blip2Llm):
     config_class = Blip2LlmInstructConfig
     generation: ClassVar[dict[str, Any]] = {"max_length": 256, "repetition_penalty": 1.5}
     reads_prompt: ClassVar[bool] = True
+
+    @property
+    def cut(self) -> Side:
+        """The beginning of a long instruction."""
+        return "left"
 
     @torch.no_grad()
     def predict_class(

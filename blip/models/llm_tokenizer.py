@@ -163,7 +163,8 @@ class LlmTokenizer:
             prompts: B texts, which may be empty.
             targets: B texts; they get an end. A decoder-only target that is cut loses it, as in LAVIS.
             max_prompt: longest prompt, in tokens, what it begins and ends with included.
-            max_target: longest target, in tokens, its end included.
+            max_target: longest target, in tokens, its end included, and what a decoder's text would begin
+                with by itself, as in LAVIS.
             bos_is_target: the first token of an empty prompt is a target too (BLIP-2's stage 2 with OPT).
             side: which end of a long prompt is cut off.
 
@@ -176,13 +177,13 @@ class LlmTokenizer:
             target_ids, target_mask = self.encode(targets, max_target, control=False)
             labels = target_ids.masked_fill(~target_mask, -100)
             return {"llm_ids": ids, "llm_mask": mask, "llm_labels": labels}
-        room = None if max_prompt is None else max(max_prompt - len(self.lead), 0)
+        room, most = (None if x is None else max(x - len(self.lead), 0) for x in (max_prompt, max_target))
         pairs = zip(prompts, targets, strict=True)
         words = self.raw([self.behind(target, prompt) for prompt, target in pairs], control=False)
         rows, unlearned = [], []
         for prompt, target in zip(self.raw(prompts), words, strict=True):
             before = [*self.lead, *_cut(prompt, room, side)]
-            rows.append([*before, *_cut([*target, self.end_id], max_target, "right")])
+            rows.append([*before, *_cut([*target, self.end_id], most, "right")])
             unlearned.append(0 if bos_is_target and not prompt else len(before))
         return self._learned(rows, unlearned)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blip.config.schema import SectionError
 from blip.errors import ConfigError
 from blip.layers.attention import Attention, ImageKeys, KeyValue, Segment
+from blip.layers.cache import TokenCache
 from blip.layers.text import FeedForward, TextEmbedding, init_bert
 from blip.models.bert_init import BertConfig, BertParts
 
@@ -86,6 +87,11 @@ class QFormerLayer(nn.Module):
             assert self.text_ffn is not None
             parts.append(self.text_ffn(text))
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), own
+
+    def write(self, hidden: Tensor, source: list[Segment]) -> Tensor:
+        """Text (R, 1, D) that looks at itself and what was before it."""
+        assert self.text_ffn is not None
+        return self.text_ffn(self.self_attn(hidden, source))
 
 
 class QFormer(nn.Module):
@@ -203,6 +209,20 @@ class QFormer(nn.Module):
         queries = hidden[:, :num_query] if num_query else None
         rest = hidden[:, num_query:]
         return QFormerOutput(queries, rest if rest.shape[1] else None, cache)
+
+    def step(self, tokens: Tensor, position: Tensor, cache: TokenCache) -> Tensor:
+        """States (R, D) of one more token per row, which looks at the cached ones (generation).
+
+        Args:
+            tokens: int64 (R,).
+            position: int64 (R,), their places in the texts.
+            cache: of the queries and of the tokens before; these are added.
+        """
+        hidden = self.embedding(tokens[:, None], position)  # (R, 1, D)
+        cache.advance()
+        for i, layer in enumerate(self.blocks()):
+            hidden = layer.write(hidden, cache.add(i, layer.self_attn.keys_values(hidden)))
+        return hidden[:, 0]
 
 
 class QueryEmbedding(nn.Module):

@@ -36,7 +36,7 @@ def golden() -> dict[str, Any]:
     return torch.load(GOLDEN, weights_only=True)
 
 
-def build(golden: dict[str, Any]) -> Blip2Qformer:
+def build(golden: dict[str, Any], **values: Any) -> Blip2Qformer:
     """Our model with the recorded weights; every key of both sides is accounted for."""
     sizes = golden["meta"]["config"]
     vit = VisionConfig(
@@ -64,6 +64,7 @@ def build(golden: dict[str, Any]) -> Blip2Qformer:
         vocab_size=len(golden["state_dict"]["Qformer.bert.embeddings.word_embeddings.weight"]),
         dropout=0.0,
         gather_with_grad=False,
+        **values,
     )
     model = Blip2Qformer(config)
     weights = lavis.table("blip2", config.vit_model).to_ours(golden["state_dict"]).state
@@ -191,3 +192,19 @@ def test_compute_itm_is_lavis_s(golden: dict[str, Any], model: Blip2Qformer, pad
     tokens = text(golden, padding)
     scores = model.compute_itm(golden["outputs"]["vit_ln"], tokens["text_ids"], tokens["text_mask"])
     torch.testing.assert_close(scores, golden["outputs"]["compute_itm"], **CLOSE)
+
+
+@pytest.mark.parametrize("how", ["beam3", "greedy", "nucleus"])
+def test_captions_are_lavis_s(golden: dict[str, Any], how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recording drew the likeliest of the kept tokens, for which `top_k` of one stands here."""
+    model = build(golden, tokenizer=str(GOLDEN.parent / "vocab.txt")).eval()
+    expected = golden["generate"][how]
+    written: list[Tensor] = []
+    decode = model.word_pieces.decode
+    monkeypatch.setattr(model.word_pieces, "decode", lambda ids: written.append(ids) or decode(ids))
+
+    one = {"top_k": 1} if how == "nucleus" else {}
+    captions = model.generate({"image": golden["inputs"]["image"]}, **expected["kwargs"], **one)
+
+    assert [[model.dec_id, *row] for row in written[0].tolist()] == expected["ids"]
+    assert captions == [text.strip() for text in expected["text"]]

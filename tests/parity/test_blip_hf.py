@@ -24,7 +24,7 @@ from blip.errors import CheckpointError, UsageError
 from blip.formats import hf
 from blip.formats.hf_config import read_folder, to_model
 from blip.layers.decoding import Decoding
-from blip.models.generate import write
+from blip.models.generate import MedWriter, write
 from blip.registry import MODELS
 from blip.weights import load_into, read_weights
 
@@ -186,7 +186,7 @@ def test_generated_captions_are_those_of_transformers(caption: tuple[Any, Any], 
     keys = ours.text.image_keys(ours.image_states({"image": images()}))
     mask = torch.ones_like(prompt, dtype=torch.bool)
     decoding = Decoding(end_id=SEP, pad_id=0, beam_lengths=ours.config.beam_lengths, **rules)
-    found = write(ours.text, ours.lm_head, keys, prompt, mask, decoding, None)
+    found = write(MedWriter(ours.text, ours.lm_head, keys), prompt, mask, decoding, None)
     assert _cut(found.ids) == _cut(wanted[:, 3:])
 
 
@@ -299,7 +299,7 @@ def test_generated_answers_are_those_of_transformers(vqa: tuple[Any, Any], num_b
     start = torch.zeros(3, 1, dtype=torch.int64)
     decoding = Decoding(end_id=SEP, pad_id=0, beam_lengths=ours.config.beam_lengths, **rules)
     once = torch.ones_like(start, dtype=torch.bool)
-    found = write(ours.answer_decoder, ours.lm_head, keys, start, once, decoding, None)
+    found = write(MedWriter(ours.answer_decoder, ours.lm_head, keys), start, once, decoding, None)
     assert ours.config.generate_attends_padding
     assert _cut(found.ids) == _cut(wanted[:, 1:])
 

@@ -104,7 +104,8 @@ def plain_beam_search(
     most, least = decoding.max_length - used, decoding.min_length - used
     live: list[tuple[float, list[int]]] = [(0.0, [])]
     finished: list[tuple[float, list[int]]] = []
-    beams, whole = decoding.num_beams, decoding.beam_lengths == "whole"
+    beams, lengths = decoding.num_beams, decoding.beam_lengths
+    first = len(prompt) if lengths == "whole" else 1
     for length in range(1, most + 1):
         candidates = []
         for score, text in live:
@@ -118,15 +119,16 @@ def plain_beam_search(
                 log_probs[decoding.end_id] = -torch.inf
             candidates += [(score + p, [*text, token]) for token, p in enumerate(log_probs.tolist())]
         candidates = sorted(candidates, reverse=True)[: 2 * beams]
-        if whole:  # transformers 4.25's BeamSearchScorer
-            before = (len(prompt) + length - 1) ** decoding.length_penalty  # without the token of this step
+        if lengths != "new":  # transformers' BeamSearchScorer: 4.25 (whole), 4.33 behind soft tokens (start)
+            before = (first + length - 1) ** decoding.length_penalty  # without the token of this step
+            hope = candidates[0][0] / (first + length - (lengths == "whole")) ** decoding.length_penalty
             said = [(s / before, t) for s, t in candidates[:beams] if t[-1] == decoding.end_id]
             finished = sorted(finished + said, reverse=True)[:beams]
-            if len(finished) == beams and candidates[0][0] / before <= finished[-1][0]:
+            if len(finished) == beams and hope <= finished[-1][0]:
                 break
             live = [(s, t) for s, t in candidates if t[-1] != decoding.end_id][:beams]
             if length == most:
-                after = (len(prompt) + length) ** decoding.length_penalty
+                after = (first + length) ** decoding.length_penalty
                 finished = sorted(finished + [(s / after, t) for s, t in live], reverse=True)[:beams]
             continue
         ended = [text[-1] == decoding.end_id or length == most for _, text in candidates]
@@ -176,7 +178,7 @@ def test_beam_search_is_the_plain_one_of_each_item(seed: int) -> None:
         length_penalty=chance.choice([-0.5, 0.0, 1.0, 2.5]),
         repetition_penalty=chance.choice([1.0, 1.3, 0.7]),
         penalize_prompt=chance.random() < 0.5,
-        beam_lengths=("new", "whole")[seed % 2],
+        beam_lengths=("new", "whole", "start")[seed % 3],
     )
     vocab_size = 10  # padding, the end and twice four beams: no step runs out of candidates
     prompts, mask, images = batch(seed, size=4)

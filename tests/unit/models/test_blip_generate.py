@@ -9,7 +9,8 @@ import torch
 
 from blip.errors import UsageError
 from blip.layers.masks import causal_mask
-from blip.models.generate import decoding
+from blip.models import generate as models_generate
+from blip.models.generate import write
 from blip.models.med import MedConfig
 from tests.reference.small_blip import SIZES, small_blip
 
@@ -68,11 +69,23 @@ def test_sampled_captions_belong_to_seed_and_number() -> None:
     assert model.generate(samples, seed=3, repetition_penalty=3.0, **how) != whole
 
 
-def test_repetition_is_penalised_in_sampling_only_unless_told() -> None:
-    pieces = small("caption").word_pieces
-    assert decoding(pieces, True).repetition_penalty == 1.1
-    assert decoding(pieces, False).repetition_penalty == 1.0
-    assert decoding(pieces, True, repetition_penalty=1.5).repetition_penalty == 1.5
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, 1.0),
+        ({"use_nucleus_sampling": True}, 1.1),
+        ({"use_nucleus_sampling": True, "repetition_penalty": 1.5}, 1.5),
+    ],
+)
+def test_repetition_is_penalised_in_sampling_only_unless_told(
+    how: dict[str, Any], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = small("caption"), []
+    monkeypatch.setattr(
+        models_generate, "write", lambda *rest: found.append(rest[3].repetition_penalty) or write(*rest)
+    )
+    model.generate({"image": pictures(1)}, max_length=12, **how)
+    assert found == [expected]
 
 
 def test_greedy_captions_are_those_of_whole_passes() -> None:

@@ -99,12 +99,15 @@ def test_a_target_follows_its_prompt_and_all_padding_stands_behind() -> None:
 
 
 def test_a_long_prompt_loses_its_beginning_and_a_long_target_its_end() -> None:
+    """What a text begins with counts for the target's length, too, as in LAVIS, which drops it afterwards."""
     tokenizer = LlmTokenizer(llama_like(), "causal")
-    batch = tokenizer.train(["what is it?"], ["a cat"], max_prompt=5, max_target=4)
+    batch = tokenizer.train(["what is it?"], ["a cat"], max_prompt=5, max_target=5)
     assert words(tokenizer, batch["llm_ids"][0].tolist()) == ["<s>", "▁", "i", "t", "?", "▁", "a", "▁", "c"]
     assert int((batch["llm_labels"] != -100).sum()) == 4
     ids, _ = tokenizer.prompt(["what is it?"], 5)
     assert words(tokenizer, ids[0].tolist()) == ["<s>", "▁", "i", "t", "?"]
+    batch = tokenizer.train(["what is it?"], ["a cat"], max_prompt=5, side="right")
+    assert words(tokenizer, batch["llm_ids"][0].tolist())[:5] == ["<s>", "▁", "w", "h", "a"]
 
 
 def test_a_target_gets_a_space_where_the_tokenizer_makes_none() -> None:
