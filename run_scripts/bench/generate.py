@@ -30,7 +30,7 @@ from torch.nn.functional import interpolate
 from blip.formats import hf
 from blip.layers.decoding import Decoding
 from blip.models.blip_caption import BlipCaption, BlipCaptionConfig
-from blip.models.generate import write
+from blip.models.generate import MedWriter, write
 from blip.models.med import MedConfig
 from blip.models.vision import VisionConfig
 from blip.weights import load_into
@@ -103,7 +103,7 @@ def compare(theirs: Any, ours: BlipCaption, images: Tensor, args: argparse.Names
         keys = ours.text.image_keys(ours.image_states({"image": images}))
         ids = torch.tensor([PROMPT[:-1]], device=images.device).expand(len(images), -1)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        return write(ours.text, ours.lm_head, keys, ids, mask, rules, None).ids
+        return write(MedWriter(ours.text, ours.lm_head, keys), ids, mask, rules, None).ids
 
     seconds: dict[str, list[float]] = {"theirs": [], "ours": []}
     found: dict[str, Tensor] = {}
