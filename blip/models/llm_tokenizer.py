@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,8 @@ from blip.errors import ConfigError, DataError, brief
 from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, UNK
 from blip.models.vision import find_file
 
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+"""What SentencePiece's own file is called."""
 Kind = Literal["causal", "seq2seq"]
 Side = Literal["left", "right"]
 _NAMES = {
@@ -339,8 +342,17 @@ def _load(source: str, data_root: str | Path | None) -> Any:
         raise ConfigError(
             f"model.llm.tokenizer: no tokenizer {source!r} on disk, in the Hugging Face cache or on its hub"
             f" ({type(error).__name__}: {brief(error)}); give a folder or a tokenizer.json, or"
-            f" '{EMBEDDED}' for the embedded one"
+            f" '{EMBEDDED}' for the embedded one{_needed(source, data_root)}"
         ) from error
+
+
+def _needed(source: str, data_root: str | Path | None) -> str:
+    """What a folder with the file of SentencePiece alone (LLaMA, Vicuna) needs besides; empty for others."""
+    folder = Path(locate(source, data_root).name)
+    files = [name for name in SENTENCEPIECE if (folder / name).is_file()]
+    if not files or (folder / "tokenizer.json").is_file() or find_spec("sentencepiece"):
+        return ""
+    return f". {files[0]} alone is read by sentencepiece, which is not installed: pip install 'blip[llm]'"
 
 
 def _embedded(wrapper: Any) -> Any:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from blip.errors import ConfigError, DataError
+from blip.models import llm_tokenizer
 from blip.models.llm_tokenizer import LlmTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz?:,."
@@ -269,3 +270,16 @@ def test_the_embedded_word_pieces_make_texts_for_both_kinds() -> None:
 def test_a_source_that_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.llm\.tokenizer: no tokenizer 'no/such'.*'scenes'"):
         LlmTokenizer.load("no/such", "causal", data_root=tmp_path)
+
+
+def test_a_sentencepiece_file_alone_asks_for_its_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    monkeypatch.setattr(llm_tokenizer, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"tokenizer\.model alone is read by sentencepiece.*blip\[llm\]"):
+        LlmTokenizer.load(str(tmp_path), "causal")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError) as error:
+        LlmTokenizer.load(str(tmp_path), "causal")
+    assert "is read by" not in str(error.value)
