@@ -24,7 +24,7 @@ esac
 
 blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
-"$python" run_scripts/tiny_llm.py --data "$data"
+"$python" run_scripts/tiny_llm.py --data "$data" --kind "$llm"
 blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$output/stage1"
 blip_stage "$recipe" "tiny/$recipe.yaml" "$output/stage2-$llm" model.init_from="$output/stage1"
 answers=$output/vqa-$llm

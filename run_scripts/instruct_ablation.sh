@@ -29,7 +29,7 @@ recipe=tiny/instruct.yaml
 
 blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
-"$python" run_scripts/tiny_llm.py --data "$data"
+"$python" run_scripts/tiny_llm.py --data "$data" --kind "$llm"
 if [ -z "$start" ]; then
   start=$output/stage2-$llm
   given=(${options[@]+"${options[@]}"})

@@ -27,7 +27,7 @@ done
 
 blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
-"$python" run_scripts/tiny_llm.py --data "$data"
+for kind in $llm; do "$python" run_scripts/tiny_llm.py --data "$data" --kind "$kind"; done
 for seed in $seeds; do
   stage1=$output/stage1-$seed
   blip_stage "stage 1, seed $seed" tiny/pretrain_stage1.yaml "$stage1" run.seed="$seed"

@@ -1,12 +1,13 @@
 """Pre-trains two small language models on the text of the embedded data, for configs/tiny: minutes each.
 
-    python run_scripts/tiny_llm.py [--data FOLDER] [--steps N]
+    python run_scripts/tiny_llm.py [--data FOLDER] [--steps N] [--kind decoder] [--kind encoder-decoder]
 
     DATA/llm/scenes-decoder            Llama's architecture, for recipes with a decoder
     DATA/llm/scenes-encoder-decoder    T5's
 
-They never see a picture. What they learn is how scenes are described, and to answer questions about a
-description; stage 2 then describes pictures to them, in soft tokens, and they stay as they are.
+They never see a picture. What they learn is how scenes are described, to say again what a description says,
+and to answer questions about it; stage 2 then describes pictures to them, in soft tokens, and they stay as
+they are.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip.data.catalog import data_root
 from blip.models.llm_tokenizer import LlmTokenizer
 
+KINDS = {"decoder": "causal", "encoder-decoder": "seq2seq"}
 ASK = "question: {} short answer:"
-BATCH, RATE, WARMUP = 64, 3e-3, 20
+BATCH, WARMUP = 48, 50
+RATES = {"causal": 3e-3, "seq2seq": 1.5e-3}
 AT_ONCE = 8
 """Batches that are drawn together and cut by length, since half of a batch of any lengths is padding."""
 TEST = 500
@@ -57,26 +60,41 @@ def scenes(root: Path, split: str) -> list[tuple[list[str], list[tuple[str, str]
     return [(told[image], asked[image]) for image in told]
 
 
-def draw(data: list[Any], rng: random.Random) -> tuple[str, str]:
-    """What is given, and what is to be written: the rest of a description, or an answer."""
-    told, asked = rng.choice(data)
-    words = rng.choice(told).split()
-    if asked and rng.random() < 0.6:
-        question, answer = rng.choice(asked)
-        return f"{' '.join(words)} {ASK.format(question)}", answer
-    cut = rng.randrange(len(words))
-    return " ".join(words[:cut]), " ".join(words[cut:])
+def document(told: list[str], asked: list[tuple[str, str]], rng: random.Random) -> list[str]:
+    """What a decoder reads in one go: descriptions of a picture, then questions with their answers.
+
+    What is said first tells most of what is said next, so that it pays to look back; a text about nothing but
+    itself teaches a small model its words and little more.
+    """
+    told = rng.sample(told, len(told) if rng.random() < 0.8 else 1)
+    asked = rng.sample(asked, min(len(asked), rng.randint(3, 6)))
+    return told + [f"{ASK.format(question)} {answer}" for question, answer in asked]
 
 
-def batches(kind: str, data: list[Any], rng: random.Random) -> Iterator[list[tuple[str, str]]]:
+def pair(told: list[str], asked: list[tuple[str, str]], rng: random.Random) -> list[str]:
+    """What an encoder reads, and what its decoder writes: another description, an answer, or the rest."""
+    told, kind = rng.sample(told, len(told)), rng.random()
+    if kind < 0.5 and len(told) > 1:
+        return told[:2]
+    if kind < 0.6 or not asked:
+        words = told[0].split()
+        cut = rng.randrange(len(words))
+        return [" ".join(words[:cut]), " ".join(words[cut:])]
+    question, answer = rng.choice(asked)
+    given = told if rng.random() < 0.5 else told[:1]
+    return [" ".join([*given, ASK.format(question)]), answer]
+
+
+def batches(kind: str, data: list[Any], rng: random.Random) -> Iterator[list[list[str]]]:
     """Batches of texts of about the same length, without end; of an encoder-decoder, as the encoder reads."""
+    draw, size = (document, BATCH // 2) if kind == "causal" else (pair, BATCH)
 
-    def length(pair: tuple[str, str]) -> int:
-        return len(pair[0]) + (len(pair[1]) if kind == "causal" else 0)
+    def length(texts: list[str]) -> int:
+        return len(" ".join(texts)) if kind == "causal" else len(texts[0])
 
     while True:
-        drawn = sorted((draw(data, rng) for _ in range(AT_ONCE * BATCH)), key=length)
-        cut = [drawn[start : start + BATCH] for start in range(0, len(drawn), BATCH)]
+        drawn = sorted((draw(*rng.choice(data), rng) for _ in range(AT_ONCE * size)), key=length)
+        cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         rng.shuffle(cut)
         yield from cut
 
@@ -111,7 +129,7 @@ def build(kind: str, tokenizer: LlmTokenizer) -> Any:
             num_layers=3,
             num_heads=4,
             feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,  # apart, its first logits are so large that hundreds of steps are lost
             dropout_rate=0.0,
             decoder_start_token_id=tokenizer.pad_id,
             **ends,
@@ -119,25 +137,35 @@ def build(kind: str, tokenizer: LlmTokenizer) -> Any:
     )
 
 
-def loss_of(model: Any, tokenizer: LlmTokenizer, pairs: list[tuple[str, str]]) -> Tensor:
-    """Mean loss; a decoder also learns what is given."""
-    if tokenizer.kind == "causal":
-        tokens = tokenizer.text([f"{given} {wanted}".strip() for given, wanted in pairs])
-    else:
-        tokens = tokenizer.train([given for given, _ in pairs], [wanted for _, wanted in pairs])
-    return model(
-        input_ids=tokens["llm_ids"], attention_mask=tokens["llm_mask"].long(), labels=tokens["llm_labels"]
-    ).loss
+def loss_of(model: Any, tokenizer: LlmTokenizer, texts: list[list[str]]) -> Tensor:
+    """Mean loss; a decoder learns all texts of its documents, and that each of them ends."""
+    if tokenizer.kind == "seq2seq":
+        tokens = tokenizer.train([given for given, _ in texts], [wanted for _, wanted in texts])
+        mask = tokens["llm_mask"].long()
+        return model(input_ids=tokens["llm_ids"], attention_mask=mask, labels=tokens["llm_labels"]).loss
+    rows = [torch.tensor(read(tokenizer, each)) for each in texts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+    labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    return model(input_ids=ids, labels=labels).loss  # what is padded stands behind all that looks
+
+
+def read(tokenizer: LlmTokenizer, texts: list[str]) -> list[int]:
+    """Ids of texts one after the other, each with its end."""
+    return [*tokenizer.lead, *(i for ids in tokenizer.raw(texts) for i in [*ids, tokenizer.end_id])]
 
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: LlmTokenizer, data: list[Any], rng: random.Random) -> float:
-    """Percentage of right answers to questions about a description, greedily."""
+    """Percentage of right answers to questions about a full description, greedily."""
     right, groups = 0, defaultdict(list)
-    asked = [(rng.choice(told), *rng.choice(questions)) for told, questions in data[:TEST] if questions]
+    asked = [(told[-1], *rng.choice(questions)) for told, questions in data[:TEST] if questions]
     for told, question, answer in asked:
-        ids, _ = tokenizer.prompt([f"{told} {ASK.format(question)}"])
-        groups[ids.shape[1]].append((ids[0], answer))
+        prompt = ASK.format(question)
+        if tokenizer.kind == "causal":
+            ids = torch.tensor([*read(tokenizer, [told]), *tokenizer.raw([prompt])[0]])
+        else:
+            ids = tokenizer.prompt([f"{told} {prompt}"])[0][0]
+        groups[len(ids)].append((ids, answer))
     for length, group in groups.items():  # of one length each, so that nothing is padded
         found = model.generate(torch.stack([ids for ids, _ in group]), max_new_tokens=6, do_sample=False)
         texts = tokenizer.decode(found[:, length:] if tokenizer.kind == "causal" else found[:, 1:])
@@ -151,12 +179,12 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
     model, rng, started = build(kind, tokenizer), random.Random(0), time.perf_counter()
     train = scenes(root, "train")
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        model.parameters(), lr=RATES[kind], betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    for step, pairs in zip(range(steps), batches(kind, train, rng), strict=False):
+    for step, texts in zip(range(steps), batches(kind, train, rng), strict=False):
         rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = RATE * rate
-        loss = loss_of(model, tokenizer, pairs)
+        optimizer.param_groups[0]["lr"] = RATES[kind] * rate
+        loss = loss_of(model, tokenizer, texts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -175,22 +203,23 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
 
 
 def main() -> int:
-    """Write both models; what is there already stays."""
+    """Write the models, both unless told; what is there already stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="which of the two; may be repeated")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     root = data_root(args.data)
     if not (root / "scenes" / "annotations" / "train.json").is_file():
         print(f"error: no scenes in '{root}'; run python -m blip.data make scenes", file=sys.stderr)
         return 2
-    for kind, name in (("causal", "scenes-decoder"), ("seq2seq", "scenes-encoder-decoder")):
-        folder = root / "llm" / name
+    for name in args.kind or KINDS:
+        folder = root / "llm" / f"scenes-{name}"
         if (folder / "model.safetensors").is_file():
             print(f"{folder}: there already; remove the folder to train it again")
         else:
-            pretrain(kind, root, folder, args.steps)
+            pretrain(KINDS[name], root, folder, args.steps)
     return 0
 
 

@@ -1,0 +1,76 @@
+"""The script that pre-trains the small language models: what they read, and what it writes."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip.models.llm import build_llm
+from blip.models.llm_config import LLMConfig
+from blip.models.llm_tokenizer import LlmTokenizer
+from run_scripts import tiny_llm
+
+TOLD = ["a red star", "a big red star on a gray background"]
+ASKED = [("what color is the star?", "red"), ("how many stars are there?", "1")]
+
+
+def test_a_decoder_reads_documents_about_one_picture_whose_texts_all_end() -> None:
+    tokenizer = LlmTokenizer.load("scenes", "causal")
+    rng = random.Random(0)
+    documents = [tiny_llm.document(TOLD, ASKED, rng) for _ in range(50)]
+    answers = {f"question: {question} short answer: {answer}" for question, answer in ASKED}
+    assert {len(each) for each in documents} == {3, 4}  # one description or both
+    assert all(set(each) <= set(TOLD) | answers for each in documents)
+    ids = tiny_llm.read(tokenizer, documents[0])
+    assert ids[: len(tokenizer.lead)] == tokenizer.lead
+    assert ids.count(tokenizer.end_id) == len(documents[0])
+    assert ids[-1] == tokenizer.end_id
+
+
+def test_an_encoder_decoder_says_again_answers_and_goes_on() -> None:
+    rng = random.Random(0)
+    pairs = [tiny_llm.pair(TOLD, ASKED, rng) for _ in range(200)]
+    kinds = {"again": 0, "answer": 0, "rest": 0}
+    for given, wanted in pairs:
+        if given in TOLD and wanted in TOLD:
+            kinds["again"] += 1
+        elif "question:" in given:
+            assert (given.split("question: ")[1].removesuffix(" short answer:"), wanted) in ASKED
+            kinds["answer"] += 1
+        else:
+            assert f"{given} {wanted}".strip() in TOLD
+            kinds["rest"] += 1
+    assert min(kinds.values()) > 5
+    assert kinds["again"] > kinds["answer"] > kinds["rest"]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_model_is_written_once(
+    kind: str, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "scenes").symlink_to(data_root / "scenes")
+    monkeypatch.setattr(sys, "argv", ["tiny_llm.py", "--data", str(tmp_path), "--steps", "2", "--kind", kind])
+    assert tiny_llm.main() == 0
+    assert "% of answers about descriptions" in capsys.readouterr().out
+    assert [folder.name for folder in (tmp_path / "llm").iterdir()] == [f"scenes-{kind}"]
+    llm = build_llm(f"llm/scenes-{kind}", LLMConfig(), tmp_path)
+    llm.load_initial(tmp_path)
+    before = {name: value.clone() for name, value in llm.model.state_dict().items()}
+
+    assert tiny_llm.main() == 0
+    assert "there already" in capsys.readouterr().out
+    again = build_llm(f"llm/scenes-{kind}", LLMConfig(), tmp_path)
+    again.load_initial(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in again.model.state_dict().items())
+
+
+def test_without_pictures_it_says_what_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tiny_llm.py", "--data", str(tmp_path)])
+    assert tiny_llm.main() == 2
+    assert "run python -m blip.data make scenes" in capsys.readouterr().err
