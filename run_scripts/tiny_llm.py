@@ -72,17 +72,18 @@ def document(told: list[str], asked: list[tuple[str, str]], rng: random.Random) 
 
 
 def pair(told: list[str], asked: list[tuple[str, str]], rng: random.Random) -> list[str]:
-    """What an encoder reads, and what its decoder writes: another description, an answer, or the rest."""
-    told, kind = rng.sample(told, len(told)), rng.random()
-    if kind < 0.5 and len(told) > 1:
-        return told[:2]
-    if kind < 0.6 or not asked:
-        words = told[0].split()
-        cut = rng.randrange(len(words))
-        return [" ".join(words[:cut]), " ".join(words[cut:])]
-    question, answer = rng.choice(asked)
-    given = told if rng.random() < 0.5 else told[:1]
-    return [" ".join([*given, ASK.format(question)]), answer]
+    """What an encoder reads, and what its decoder writes: an answer, or the rest of a description, mostly
+    behind another one of the same picture, as it will stand behind soft tokens.
+    """
+    told = rng.sample(told, len(told))
+    if asked and rng.random() < 0.4:
+        question, answer = rng.choice(asked)
+        given = told if rng.random() < 0.5 else told[:1]
+        return [" ".join([*given, ASK.format(question)]), answer]
+    words = told.pop().split()
+    cut = rng.randrange(len(words))
+    before = told if rng.random() < 0.8 else []
+    return [" ".join([*before, *words[:cut]]), " ".join(words[cut:])]
 
 
 def batches(kind: str, data: list[Any], rng: random.Random) -> Iterator[list[list[str]]]:
