@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from blip.models.llm import build_llm
 from blip.models.llm_config import LLMConfig
@@ -58,13 +57,14 @@ def test_a_model_is_written_once(
     assert [folder.name for folder in (tmp_path / "llm").iterdir()] == [f"scenes-{kind}"]
     llm = build_llm(f"llm/scenes-{kind}", LLMConfig(), tmp_path)
     llm.load_initial(tmp_path)
-    before = {name: value.clone() for name, value in llm.model.state_dict().items()}
+    assert llm.is_encoder_decoder == (kind == "encoder-decoder")
+    written = tmp_path / "llm" / f"scenes-{kind}" / "model.safetensors"
+    when = written.stat().st_mtime_ns
 
     assert tiny_llm.main() == 0
     assert "there already" in capsys.readouterr().out
-    again = build_llm(f"llm/scenes-{kind}", LLMConfig(), tmp_path)
-    again.load_initial(tmp_path)
-    assert all(torch.equal(value, before[name]) for name, value in again.model.state_dict().items())
+    # Not its values, which a second training would give again.
+    assert written.stat().st_mtime_ns == when
 
 
 def test_without_pictures_it_says_what_to_run(
