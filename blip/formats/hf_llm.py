@@ -12,7 +12,6 @@ from torch import Tensor
 
 from blip.errors import UsageError
 from blip.formats.hf_blip import BERT, VIT, check_fixed, check_stem
-from blip.models.llm_tokenizer import SENTENCEPIECE
 
 FIXED = {
     "vision_config.hidden_act": "gelu",
@@ -27,7 +26,7 @@ _ROWS_AT_A_TIME = 64
 _NOT_SIZES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 """Keys that configurations take without listing them."""
-_TOKENIZER_FILES = ("tokenizer.json", *SENTENCEPIECE, "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder in which InstructBLIP's processor keeps the Q-Former's tokenizer."""
 
