@@ -386,15 +386,22 @@ def _check_monitor(config: Config, task: Any, datasets: dict[str, Any]) -> None:
     Args:
         datasets: of that evaluation, by name; None in place of one that has not been read yet.
     """
-    monitor = config.run.monitor
-    if monitor is None or not datasets or not task.scores():
+    if not datasets or not task.scores():
         return
     scores = {name: task.scores(data) for name, data in datasets.items()}
     several = len(scores) > 1
     known = [f"{name}/{score}" if several else score for name, own in scores.items() for score in own]
+    where = f" on {' and '.join(scores)}" if any(data is not None for data in datasets.values()) else ""
+    monitor = config.run.monitor
+    if monitor is None:  # the runner takes the first dataset's
+        if known and not any(score.rpartition("/")[2] == task.monitor for score in known):
+            raise ConfigError(
+                f"run.monitor: the evaluation{where} gives no {task.monitor!r}, by which run.task"
+                f" {config.run.task} decides unless told otherwise{hint(task.monitor, known)}"
+            )
+        return
     open_ended = tuple(score.removesuffix("*") for score in known if score.endswith("*"))
     if monitor not in known and not (open_ended and monitor.startswith(open_ended)):
-        where = f" on {' and '.join(scores)}" if any(data is not None for data in datasets.values()) else ""
         text = hint(monitor, known) if known else "; there is nothing to compare with"
         raise ConfigError(f"run.monitor: the evaluation{where} gives no {monitor!r}{text}")
     if config.run.monitor_mode == "max" and task.less_is_better(monitor.rpartition("/")[2]):

@@ -179,6 +179,28 @@ def test_a_metric_that_the_data_cannot_give_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_default_score_that_the_data_cannot_give_is_refused_before_training(
+    commands: Commands, data_root: Path, tmp_path: Path
+) -> None:
+    """Choices without direct answers have `mc_acc` alone, which has to be asked for."""
+    asked = json.loads((data_root / "scenes" / "annotations" / "vqa_val.json").read_text())[:4]
+    chosen = [
+        {"image": one["image"], "question": one["question"], "choices": ["red", "two"], "correct_choice_idx": 1}
+        for one in asked
+    ]
+    (tmp_path / "val.json").write_text(json.dumps(chosen))
+    paths = f"datasets.scenes_vqa.path={{train: scenes/annotations/vqa_train.json, val: '{tmp_path / 'val.json'}'}}"
+    small = [*options("scenes_vqa", data_root, tmp_path / "run"), paths, "datasets.scenes_vqa.images=scenes"]
+    decide = ["run.valid_splits=[val]", "run.test_splits=[]", "run.task=aok_vqa"]
+    start = ["--cfg", "tiny/blip_vqa.yaml", *small, f"model.med={{{MED}}}", "model.init_from=null", *decide]
+    ended = commands(*start)
+    assert "run.monitor: the evaluation on scenes_vqa gives no 'acc', by which" in ended.refusal()
+    assert "did you mean 'mc_acc'?" in ended.output
+    ended = commands(*start, "run.monitor=mc_acc")
+    assert ended.code == 0, ended.output
+    assert "mc_acc" in lines(tmp_path / "run")[-1]
+
+
 def test_sentences_of_people_about_drawings_are_scored(
     commands: Commands, pretrained: Path, data_root: Path, tmp_path: Path
 ) -> None:
