@@ -185,12 +185,18 @@ def test_a_default_score_that_the_data_cannot_give_is_refused_before_training(
     """Choices without direct answers have `mc_acc` alone, which has to be asked for."""
     asked = json.loads((data_root / "scenes" / "annotations" / "vqa_val.json").read_text())[:4]
     chosen = [
-        {"image": one["image"], "question": one["question"], "choices": ["red", "two"], "correct_choice_idx": 1}
+        {
+            "image": one["image"],
+            "question": one["question"],
+            "choices": ["red", "two"],
+            "correct_choice_idx": 1,
+        }
         for one in asked
     ]
     (tmp_path / "val.json").write_text(json.dumps(chosen))
-    paths = f"datasets.scenes_vqa.path={{train: scenes/annotations/vqa_train.json, val: '{tmp_path / 'val.json'}'}}"
-    small = [*options("scenes_vqa", data_root, tmp_path / "run"), paths, "datasets.scenes_vqa.images=scenes"]
+    paths = f"{{train: scenes/annotations/vqa_train.json, val: '{tmp_path / 'val.json'}'}}"
+    own = [f"datasets.scenes_vqa.path={paths}", "datasets.scenes_vqa.images=scenes"]
+    small = [*options("scenes_vqa", data_root, tmp_path / "run"), *own]
     decide = ["run.valid_splits=[val]", "run.test_splits=[]", "run.task=aok_vqa"]
     start = ["--cfg", "tiny/blip_vqa.yaml", *small, f"model.med={{{MED}}}", "model.init_from=null", *decide]
     ended = commands(*start)
