@@ -27,12 +27,8 @@ stage() {
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
 stage pretrain
 stage tower model.init_from="$output/pretrain"
+blip_features tiny/blip_caption.yaml "$output/features" model.init_from="$output/tower" ${options[@]+"${options[@]}"}
 features=$output/features/scenes
-if [ ! -f "$features/features.json" ]; then
-  echo "== features"
-  "$python" -m blip.cache_features --cfg tiny/blip_caption.yaml model.init_from="$output/tower" \
-    ${options[@]+"${options[@]}"} run.output_dir="$output/features"
-fi
 stage caption model.init_from="$output/tower" datasets.scenes.features="$features"
 stage retrieval model.init_from="$output/pretrain"
 stage vqa model.init_from="$output/caption" datasets.scenes_vqa.features="$features"

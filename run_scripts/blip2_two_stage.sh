@@ -26,7 +26,9 @@ blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
 "$python" run_scripts/tiny_llm.py --data "$data" --kind "$llm"
 blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$output/stage1"
-blip_stage "$recipe" "tiny/$recipe.yaml" "$output/stage2-$llm" model.init_from="$output/stage1"
+blip_features "tiny/$recipe.yaml" "$output/features" model.init_from="$output/stage1" ${options[@]+"${options[@]}"}
+blip_stage "$recipe" "tiny/$recipe.yaml" "$output/stage2-$llm" model.init_from="$output/stage1" \
+  datasets.scenes.features="$output/features/scenes"
 answers=$output/vqa-$llm
 if [ ! -f "$answers/report.html" ]; then
   echo "== vqa_zeroshot_eval"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: goes to the repository's root and gives `blip_env EXTRAS`; to those of several runs also
-# `blip_arguments`, `blip_ready` and `blip_stage`.
+# `blip_arguments`, `blip_ready`, `blip_features` and `blip_stage`.
 
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -142,6 +142,16 @@ blip_model_options() {
   for option in ${options[@]+"${options[@]}"}; do
     [[ $option != model.* ]] || printf '%s\n' "$option"
   done
+}
+
+# blip_features RECIPE FOLDER [key=value ...]: write what the frozen tower of a recipe sees of the pictures of `scenes` to
+# FOLDER/scenes, unless that has been done. Recipes take it as datasets.NAME.features.
+blip_features() {
+  local recipe=$1 folder=$2
+  shift 2
+  [ ! -f "$folder/scenes/features.json" ] || return 0
+  echo "== features"
+  "$python" -m blip.cache_features --cfg "$recipe" "$@" run.output_dir="$folder"
 }
 
 # blip_stage NAME RECIPE FOLDER [key=value ...]: train by configs/RECIPE, which ends with the scores of the test pictures;

@@ -42,14 +42,11 @@ if [ -z "$start" ]; then
 fi
 
 # All show the same pictures to the same tower.
-features=$output/features/scenes
-if [ ! -f "$features/features.json" ]; then
-  echo "== features"
-  "$python" -m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from="$start" \
-    model.llm_model="llm/scenes-$llm" run.output_dir="$output/features"
-fi
+blip_features "tiny/$stage2.yaml" "$output/features" model.init_from="$start"
 stored=()
-for name in scenes scenes_vqa detail locate refer compare; do stored+=("datasets.$name.features=$features"); done
+for name in scenes scenes_vqa detail locate refer compare; do
+  stored+=("datasets.$name.features=$output/features/scenes")
+done
 
 # compared NAME [key=value ...]: one row of the table
 compared() {

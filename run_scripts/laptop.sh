@@ -55,12 +55,9 @@ else
   "$python" -m blip.data make scenes --size 112 ${scenes[@]+"${scenes[@]}"}
 fi
 
+blip_features laptop/pretrain_stage1.yaml "$output/features" ${pictures[@]+"${pictures[@]}"} \
+  ${options[@]+"${options[@]}"}
 features=$output/features/scenes
-if [ ! -f "$features/features.json" ]; then
-  echo "== features"
-  "$python" -m blip.cache_features --cfg laptop/pretrain_stage1.yaml ${pictures[@]+"${pictures[@]}"} \
-    ${options[@]+"${options[@]}"} run.output_dir="$output/features"
-fi
 pictures+=(datasets.scenes.features="$features")
 blip_stage "stage 1" laptop/pretrain_stage1.yaml "$output/stage1" "${pictures[@]}"
 blip_stage "stage 2" laptop/pretrain_stage2.yaml "$output/stage2" "${pictures[@]}" model.init_from="$output/stage1"

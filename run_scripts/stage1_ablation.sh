@@ -31,12 +31,14 @@ for kind in $llm; do "$python" run_scripts/tiny_llm.py --data "$data" --kind "$k
 for seed in $seeds; do
   stage1=$output/stage1-$seed
   blip_stage "stage 1, seed $seed" tiny/pretrain_stage1.yaml "$stage1" run.seed="$seed"
+  tower=model.vit_init_from=$stage1/model/model.safetensors
+  blip_features "tiny/${recipes[${llm%% *}]}.yaml" "$output/features-$seed" "$tower" ${options[@]+"${options[@]}"}
+  same=(run.seed="$seed" datasets.scenes.features="$output/features-$seed/scenes")
   for kind in $llm; do
     recipe=tiny/${recipes[$kind]}.yaml
-    blip_stage "$kind from stage 1, seed $seed" "$recipe" "$output/$kind-both-$seed" run.seed="$seed" \
+    blip_stage "$kind from stage 1, seed $seed" "$recipe" "$output/$kind-both-$seed" "${same[@]}" \
       model.init_from="$stage1"
-    blip_stage "$kind without stage 1, seed $seed" "$recipe" "$output/$kind-skipped-$seed" run.seed="$seed" \
-      model.vit_init_from="$stage1/model/model.safetensors"
+    blip_stage "$kind without stage 1, seed $seed" "$recipe" "$output/$kind-skipped-$seed" "${same[@]}" "$tower"
   done
 done
 

@@ -111,8 +111,8 @@ def build(kind: str, tokenizer: LlmTokenizer) -> Any:
             LlamaConfig(
                 vocab_size=tokenizer.vocab_size,
                 hidden_size=128,
-                intermediate_size=352,
-                num_hidden_layers=4,
+                intermediate_size=256,
+                num_hidden_layers=3,
                 num_attention_heads=4,
                 max_position_embeddings=256,
                 tie_word_embeddings=True,
@@ -207,7 +207,7 @@ def main() -> int:
     """Write the models, both unless told; what is there already stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--kind", choices=KINDS, action="append", help="which of the two; may be repeated")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

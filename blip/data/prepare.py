@@ -78,17 +78,17 @@ def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
     if mapper is None:
         outcome.missing.append(f"{images}{os.sep}: {row.pictures}")
     absent: list[str] = []
-    done: set[Path] = set()  # a file may hold several splits
+    files: dict[Path, list[str]] = {}
     for split in row.splits:
         for target in (root / text for text in row.of(split)):
-            if target in done:
-                continue
-            done.add(target)
-            official = _find(target, downloads)
-            if official is None:
-                absent.append(str(target))
-            else:
-                outcome.lines += _prepare_file(split, official, target, mapper, column, outcome.missing)
+            files.setdefault(target, []).append(split)
+    for target, splits in files.items():
+        official = _find(target, downloads)
+        if official is None:
+            absent.append(str(target))
+        else:
+            held = " and ".join(splits)  # a file may hold several
+            outcome.lines += _prepare_file(held, official, target, mapper, column, outcome.missing)
     for target in (root / text for text in row.others):
         official = _find(target, downloads)
         if official is None:

@@ -96,6 +96,7 @@ def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path)
     expected = []
     for seed in (1, 2):
         stage1 = f"{out}/stage1-{seed}"
+        same = f"run.seed={seed} datasets.scenes.features={out}/features-{seed}/scenes"
         expected.append(f"pretrain_stage1.yaml run.seed={seed} {end.format(stage1)}")
         for kind, recipe in (("decoder", "pretrain_stage2"), ("encoder-decoder", "pretrain_stage2_t5")):
             starts = {
@@ -104,8 +105,14 @@ def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path)
             }
             for arm, start in starts.items():
                 run = f"{out}/{kind}-{arm}-{seed}"
-                expected.append(f"{recipe}.yaml run.seed={seed} {start} {end.format(run)}")
+                expected.append(f"{recipe}.yaml {same} {start} {end.format(run)}")
     assert trained == expected
+    assert [line for line in calls if "cache_features" in line] == [
+        f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml"
+        f" model.vit_init_from={out}/stage1-{seed}/model/model.safetensors run.max_iters=7"
+        f" run.output_dir={out}/features-{seed}"
+        for seed in (1, 2)
+    ]
     rows = [line.split() for line in printed.splitlines() if line.startswith("CIDEr")]
     assert rows == [["CIDEr", *["1.25", "±", "0.00"] * 2]] * 2
     _, more = compare(tmp_path, "run.max_iters=7", script="stage1")

@@ -32,7 +32,7 @@ STAND_INS = {
     "blip-python": """
         if [ "$1" != -m ]; then exec "$REAL_PYTHON" "$@"; fi
         echo "$*" >>"$CALLS"
-        case "$2" in blip.train | blip.cache_features | torch.distributed.run) ;; *) exit 0 ;; esac
+        case "$2" in blip.train | blip.evaluate | blip.cache_features | torch.distributed.run) ;; *) exit 0 ;; esac
         for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
         if [ "$2" = blip.cache_features ]; then
           mkdir -p "$folder/scenes" && touch "$folder/scenes/features.json" && exit
@@ -187,6 +187,41 @@ def test_real_parts_on_one_s_own_pictures(bin_folder: Path, tmp_path: Path) -> N
         ([*own, "--test", "none.csv"], "none.csv is not there"),
     ):
         assert message in run(laptop, *places, *wrong, code=2, **environment).stderr
+
+
+@pytest.mark.parametrize(
+    ("llm", "recipe"), [("decoder", "pretrain_stage2"), ("encoder-decoder", "pretrain_stage2_t5")]
+)
+def test_two_stages_end_with_captions_and_answers(
+    bin_folder: Path, tmp_path: Path, llm: str, recipe: str
+) -> None:
+    calls, output, data = tmp_path / "calls", tmp_path / "out", tmp_path / "data"
+    (data / "llm" / f"scenes-{llm}").mkdir(parents=True)
+    (data / "llm" / f"scenes-{llm}" / "model.safetensors").touch()  # as if it were trained
+    (data / "scenes" / "annotations").mkdir(parents=True)
+    (data / "scenes" / "annotations" / "train.json").touch()
+    environment = {
+        "BLIP_PYTHON": str(bin_folder / "blip-python"),
+        "REAL_PYTHON": sys.executable,
+        "CALLS": str(calls),
+        "BLIP_PROCESSES": "1",
+    }
+    script = str(ROOT / "run_scripts" / "blip2_two_stage.sh")
+    given = ["--output", str(output), "--data", str(data), "--llm", llm, "model.dropout=0.1", "run.seed=3"]
+    done = run(script, *given, code=0, **environment)
+    more = "model.dropout=0.1 run.seed=3 run.output_dir"
+    assert calls.read_text().splitlines() == [
+        "-m blip.data make scenes",
+        f"-m blip.train --cfg tiny/pretrain_stage1.yaml {more}={output}/stage1 run.resume=auto",
+        f"-m blip.cache_features --cfg tiny/{recipe}.yaml model.init_from={output}/stage1"
+        f" {more}={output}/features",
+        f"-m blip.train --cfg tiny/{recipe}.yaml model.init_from={output}/stage1"
+        f" datasets.scenes.features={output}/features/scenes {more}={output}/stage2-{llm} run.resume=auto",
+        f"-m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml model.dropout=0.1"
+        f" model.init_from={output}/stage2-{llm} model.llm_model=llm/scenes-{llm}"
+        f" run.output_dir={output}/vqa-{llm} run.overwrite=true",
+    ]
+    assert [line.split() for line in done.stdout.splitlines() if "acc" in line] == [["acc", "62.50"]] * 2
 
 
 def test_environment_is_not_made_in_a_folder_that_holds_something_else(tmp_path: Path) -> None:

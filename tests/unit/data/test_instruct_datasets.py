@@ -426,5 +426,7 @@ def test_official_files_with_pictures_in_another_column_are_prepared(root: Path,
     put(tmp_path / "downloads/ocrvqa.json", {"x": {"questions": ["Q?"], "answers": ["A"], "split": 1}})
     (root / "ocrvqa/images/deep").mkdir(parents=True)
     (root / "hateful_memes/img/a.jpg").rename(root / "ocrvqa/images/deep/x.jpg")
-    assert prepare("ocr_vqa", root, tmp_path / "downloads").missing == []
+    outcome = prepare("ocr_vqa", root, tmp_path / "downloads")
+    assert outcome.missing == []
+    assert outcome.lines[0].startswith("train and val and test: 1 records, 1 questions")
     assert train(root, "ocr_vqa")[0]["text_output"] == "A"
