@@ -37,6 +37,7 @@ from blip.models.llm_tokenizer import LlmTokenizer
 KINDS = {"decoder": "causal", "encoder-decoder": "seq2seq"}
 ASK = "question: {} short answer:"
 BATCH, WARMUP = 48, 50
+STEPS = {"causal": 1500, "seq2seq": 1000}
 RATES = {"causal": 3e-3, "seq2seq": 1.5e-3}
 AT_ONCE = 8
 """Batches that are drawn together and cut by length, since half of a batch of any lengths is padding."""
@@ -178,7 +179,7 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
     """Train one model and write it as transformers does."""
     tokenizer = LlmTokenizer.load("scenes", kind)  # type: ignore[arg-type]
     model, rng, started = build(kind, tokenizer), random.Random(0), time.perf_counter()
-    train = scenes(root, "train")
+    train, losses = scenes(root, "train"), list[float]()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATES[kind], betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -190,8 +191,10 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 50 == 0:
-            print(f"{folder.name}: step {step + 1}/{steps}, loss {float(loss.detach()):.3f}", flush=True)
+        losses.append(float(loss.detach()))
+        if (step + 1) % 50 == 0:  # of all since the last line: short texts lose more than long ones
+            print(f"{folder.name}: step {step + 1}/{steps}, loss {sum(losses) / len(losses):.3f}", flush=True)
+            losses.clear()
     model.eval()
     right = accuracy(model, tokenizer, scenes(root, "val"), rng)
     partial = folder.with_name(folder.name + ".partial")  # what a stop leaves is never taken for the whole
@@ -207,7 +210,7 @@ def main() -> int:
     """Write the models, both unless told; what is there already stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, help="of each (decoder 1500, encoder-decoder 1000)")
     parser.add_argument("--kind", choices=KINDS, action="append", help="which of the two; may be repeated")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -220,7 +223,8 @@ def main() -> int:
         if (folder / "model.safetensors").is_file():
             print(f"{folder}: there already; remove the folder to train it again")
         else:
-            pretrain(KINDS[name], root, folder, args.steps)
+            kind = KINDS[name]
+            pretrain(kind, root, folder, args.steps or STEPS[kind])
     return 0
 
 
