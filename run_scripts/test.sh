@@ -9,7 +9,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-blip_env dev,eval,fairscale
+blip_env dev,eval,fairscale,llm
 cores=$(nproc)
 # The tests of a file stay together, since they share runs; those of the command line, which take longest, come first.
 exec python -m pytest -n $((cores < 4 ? cores : 4)) --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,7 @@ def pretrained_model(source: str, config: LLMConfig, data_root: str | Path | Non
 
     Raises:
         CheckpointError: no such weights, or they do not fit.
-        ConfigError: no such model, other sizes, or quantisation without its packages or a GPU.
+        ConfigError: no such model, other sizes, or quantisation without its packages.
     """
     sizes = {key: value for key, value in config.sizes.items() if key != "vocab_size"}
     kind = sizes.pop("model_type", None)
@@ -197,8 +198,6 @@ def _quantised(config: LLMConfig) -> dict[str, Any]:
     if config.quantization == "none":
         return {}
     key = f"model.llm.quantization: {config.quantization}"
-    if not torch.cuda.is_available():
-        raise ConfigError(f"{key} needs a GPU, and torch sees none; set it to none")
     try:
         import accelerate  # noqa: F401
         import bitsandbytes  # noqa: F401
@@ -207,17 +206,21 @@ def _quantised(config: LLMConfig) -> dict[str, Any]:
             f"{key} needs the packages bitsandbytes and accelerate; install the extra with"
             " `pip install 'blip[quantize]'`, or set it to none"
         ) from error
+    # It tells what it casts at every product, hundreds of times a step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
-    device = torch.device(config.device or "cuda")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = own_dtype(config, device)
     how: Any
     if config.quantization == "int8":
         how = BitsAndBytesConfig(load_in_8bit=True)
     else:
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return {"quantization_config": how, "device_map": {"": index}, "dtype": dtype}
+    place: int | str = device.type
+    if device.type == "cuda":
+        place = torch.cuda.current_device() if device.index is None else device.index
+    return {"quantization_config": how, "device_map": {"": place}, "dtype": dtype}
 
 
 def own_dtype(config: LLMConfig, device: torch.device) -> torch.dtype:
@@ -229,7 +232,7 @@ def own_dtype(config: LLMConfig, device: torch.device) -> torch.dtype:
     if config.precision != "auto":
         return DTYPES[config.precision]
     if device.type != "cuda":
-        return torch.float32
+        return torch.float32 if config.quantization == "none" else torch.bfloat16
     return torch.bfloat16 if config.lora.r else DTYPES[config.half]
 
 

@@ -32,7 +32,10 @@ STAND_INS = {
     "blip-python": """
         if [ "$1" != -m ]; then exec "$REAL_PYTHON" "$@"; fi
         echo "$*" >>"$CALLS"
-        case "$2" in blip.train | blip.evaluate | blip.cache_features | torch.distributed.run) ;; *) exit 0 ;; esac
+        case "$2" in
+          blip.train | blip.evaluate | blip.cache_features | torch.distributed.run) ;;
+          *) exit 0 ;;
+        esac
         for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
         if [ "$2" = blip.cache_features ]; then
           mkdir -p "$folder/scenes" && touch "$folder/scenes/features.json" && exit
