@@ -8,10 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from blip.formats.source import Recognised, left_out, local_copy, recognise
+from blip.errors import CheckpointError
+from blip.formats.source import Recognised, frozen_elsewhere, left_out, local_copy, recognise
 from blip.weights import load_into, matches, read_weights
 
 log = logging.getLogger(__name__)
+
+_FROZEN = {"vision.": "vit_init_from", "llm.model.": "llm_model"}
+"""Parts that weight files may leave out -> the key that says where they come from."""
 
 
 def load_any(model: Any, source: str | Path, data_root: str | Path | None = None) -> list[str]:
@@ -36,7 +40,17 @@ def load_any(model: Any, source: str | Path, data_root: str | Path | None = None
         if found := model.load_frozen([prefix], data_root):
             lines += found
             present.append(prefix)
-    return [*lines, *fill(model, weights, name, present)]
+    try:
+        return [*lines, *fill(model, weights, name, present)]
+    except CheckpointError as error:
+        elsewhere = {p: key for p, key in _FROZEN.items() if p not in present and p in model.freezable}
+        for prefix, place in frozen_elsewhere(source).items():
+            if prefix in elsewhere:
+                raise CheckpointError(
+                    f"{name} leaves out {prefix.rstrip('.')}, which was frozen and came from {place!r}; set"
+                    f" model.{elsewhere[prefix]} to that here, too"
+                ) from error
+        raise
 
 
 def fill(model: Any, weights: Recognised, name: str, present: list[str]) -> list[str]:

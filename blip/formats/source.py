@@ -144,6 +144,17 @@ def _family(arch: str) -> str:
     return arch.partition("_")[0]
 
 
+def frozen_elsewhere(source: str | Path) -> dict[str, str]:
+    """Frozen parts that our own weights leave out -> where they came from, by the `config.json` beside."""
+    file = find_weights(local_copy(source)).parent / "config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = said.get("frozen_parts") if isinstance(said, dict) else None
+    return {str(part): str(place) for part, place in found.items()} if isinstance(found, dict) else {}
+
+
 def left_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[str]:
     """Those of `prefixes` that no name starts with."""
     return [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in tensors)]

@@ -18,6 +18,7 @@ from blip.config.files import dump
 from blip.config.schema import Config, DatasetConfig, RunConfig
 from blip.engine.checkpoint import Checkpoints
 from blip.errors import BlipError, CheckpointError, ConfigError, UsageError
+from blip.formats.load import load_any
 from blip.models.vision import VisionConfig
 from blip.weights import read_weights, save_safetensors
 
@@ -184,6 +185,12 @@ def test_frozen_weights_are_fetched_from_where_they_came(tmp_path: Path) -> None
     folder = model.save_pretrained(tmp_path / "model")
     assert without(model.state_dict(), "vision.").keys() == read_weights(folder).keys()
     assert same(blip.from_pretrained(folder).state_dict(), model.state_dict())
+
+    message = (
+        r"leaves out vision, which was frozen and came from '.*tower\.safetensors'; set model\.vit"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_any(tiny(), folder)
 
     moved = tower.rename(tmp_path / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"leaves out vision\.: model\.vit_init_from: no file"):
