@@ -119,16 +119,24 @@ def load_bert(
 
 def _bert_tensors(section: str, source: str) -> dict[str, Tensor]:
     from transformers import AutoModelForMaskedLM
+    from transformers.utils import logging as chatter
 
+    before = chatter.get_verbosity()
+    chatter.set_verbosity_error()  # it reports what nobody wants; what is wanted is checked
     try:
-        model: Any = AutoModelForMaskedLM.from_pretrained(source)
+        with torch.random.fork_rng(devices=[]):  # what it makes up draws no number of ours
+            found: Any = AutoModelForMaskedLM.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{section}.init_from: no BERT-like model {source!r} on disk, in the Hugging Face cache or on"
             f" its hub ({type(error).__name__}); give a folder with its config.json and weights, or null to"
             " start at random"
         ) from error
-    return {name.removeprefix("bert."): tensor for name, tensor in model.state_dict().items()}
+    finally:
+        chatter.set_verbosity(before)
+    model, info = found
+    made_up = set(info["missing_keys"])  # a sentence encoder has no language-model head
+    return {n.removeprefix("bert."): t for n, t in model.state_dict().items() if n not in made_up}
 
 
 class _Copy(NamedTuple):

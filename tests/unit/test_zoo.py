@@ -186,9 +186,7 @@ def test_frozen_weights_are_fetched_from_where_they_came(tmp_path: Path) -> None
     assert without(model.state_dict(), "vision.").keys() == read_weights(folder).keys()
     assert same(blip.from_pretrained(folder).state_dict(), model.state_dict())
 
-    message = (
-        r"leaves out vision, which was frozen and came from '.*tower\.safetensors'; set model\.vit"
-    )
+    message = r"leaves out vision, which was frozen and came from '.*tower\.safetensors'; set model\.vit"
     with pytest.raises(CheckpointError, match=message):
         load_any(tiny(), folder)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from blip import dist
 from blip.errors import ConfigError
@@ -389,3 +389,21 @@ def test_encoder_decoder_and_twin_start_from_bert(share: str, tmp_path: Path) ->
     state = model.state_dict()
     twin = {n: v for n, v in state.items() if n.startswith("twin.")}
     assert_same(twin, {n: state[n.removeprefix("twin.")] for n in twin}, 0.0)
+
+
+def test_a_bert_without_a_head_leaves_ours_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = bert_folder(tmp_path / "bert")
+    BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(tmp_path / "plain")
+    capfd.readouterr()
+    model = small_blip("pretrain", med=MedConfig(**SIZES["med"], init_from=str(tmp_path / "plain")))
+    before = {name: value.clone() for name, value in model.lm_head.named_parameters() if "word" not in name}
+    drawn = torch.get_rng_state()
+    model.load_parts()
+    assert torch.equal(torch.get_rng_state(), drawn)  # nor is anything drawn for it
+    bert = BertModel.from_pretrained(tmp_path / "plain", add_pooling_layer=False).state_dict()
+    word = bert["embeddings.word_embeddings.weight"].double()
+    assert torch.equal(model.text.embedding_of("encode").word.weight[:-2], word)
+    after = dict(model.lm_head.named_parameters())
+    assert {"transform.weight", "norm.weight"} <= before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert "MISSING" not in capfd.readouterr().err
