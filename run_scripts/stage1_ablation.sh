@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What stage 1 is good for (BLIP-2, figure 5), on the embedded pictures, an hour or more on two CPU cores (not timed yet):
-# stage 2 from stage 1, and the same stage 2 with a Q-Former that starts at random; the tower is that of stage 1 in both,
-# the norm behind it, which learns with the Q-Former, only in the first.
+# What stage 1 is good for (BLIP-2, figure 5), on the embedded pictures, an hour on two CPU cores: stage 2 from stage 1,
+# and the same stage 2 with a Q-Former that starts at random. Both are given the same frozen tower, a pretrained ViT-S/14
+# that has never seen a caption; Q-Former and language models are those of configs/tiny.
 # With a decoder and with an encoder-decoder, each with three seeds, of stage 1 too. Prints the scores of the test
 # pictures' captions.
 #
@@ -10,35 +10,44 @@
 #
 # Stopped or failed, the same line goes on where it was; what is finished is kept. key=value goes to all runs.
 #
-# BLIP_OUTPUT: the runs' folder (output/stage1-ablation). BLIP_DATA: where pictures and language models go (data).
-# BLIP_OPTIONS: more key=value, with blanks between them. BLIP_SCENES: options of `blip data make scenes`. BLIP_PROCESSES:
-# how many share the work of a step. BLIP_PYTHON: a Python that has blip; without it an environment is made in BLIP_VENV
-# (.venv).
+# BLIP_OUTPUT: the runs' folder (output/stage1-ablation). BLIP_DATA: where pictures, tower and language models go
+# (data/laptop). BLIP_OPTIONS: more key=value, with blanks between them. BLIP_SCENES: options of `blip data make scenes`.
+# BLIP_PROCESSES: how many share the work of a step. BLIP_PYTHON: a Python that has blip[laptop] and the parts' packages;
+# without it an environment is made in BLIP_VENV (.venv).
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 llm='decoder encoder-decoder' seeds='1 2 3'
+export BLIP_DATA=${BLIP_DATA:-data/laptop}
 blip_arguments output/stage1-ablation "--llm --seeds" "$@"
 declare -A recipes=([decoder]=pretrain_stage2 [encoder-decoder]=pretrain_stage2_t5)
 for kind in $llm; do
   [ -n "${recipes[$kind]:-}" ] || { echo "error: --llm $kind: choose decoder, encoder-decoder or both" >&2 && exit 2; }
 done
 
-blip_ready
-"$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
+blip_laptop_ready
+"$python" -m blip.data make scenes --size 112 ${scenes[@]+"${scenes[@]}"}
 for kind in $llm; do "$python" run_scripts/tiny_llm.py --data "$data" --kind "$kind"; done
+
+view='{name: blip_image_eval, image_size: 112, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}'
+shown=(
+  model.vit_init_from=parts/vit_s14.safetensors
+  'model.vit={patch_size: 14, width: 384, depth: 12, heads: 6, mlp_dim: 1536, stem_width: 0}'
+  model.image_size=112 "datasets.scenes.vis_processor={train: $view, eval: $view}"
+)
+blip_features "tiny/${recipes[${llm%% *}]}.yaml" "$output/features" "${shown[@]}" ${options[@]+"${options[@]}"}
+shown+=(datasets.scenes.features="$output/features/scenes")
 for seed in $seeds; do
   stage1=$output/stage1-$seed
-  blip_stage "stage 1, seed $seed" tiny/pretrain_stage1.yaml "$stage1" run.seed="$seed"
-  tower=model.vit_init_from=$stage1/model/model.safetensors
-  blip_features "tiny/${recipes[${llm%% *}]}.yaml" "$output/features-$seed" "$tower" ${options[@]+"${options[@]}"}
-  same=(run.seed="$seed" datasets.scenes.features="$output/features-$seed/scenes")
+  # The tower need not be trained first, so that all three losses are there from the beginning.
+  blip_stage "stage 1, seed $seed" tiny/pretrain_stage1.yaml "$stage1" run.seed="$seed" "${shown[@]}" \
+    model.vit_train_steps=0 'model.vit_train_objectives=[itc, itm, lm]'
   for kind in $llm; do
     recipe=tiny/${recipes[$kind]}.yaml
-    blip_stage "$kind from stage 1, seed $seed" "$recipe" "$output/$kind-both-$seed" "${same[@]}" \
+    blip_stage "$kind from stage 1, seed $seed" "$recipe" "$output/$kind-both-$seed" run.seed="$seed" "${shown[@]}" \
       model.init_from="$stage1"
-    blip_stage "$kind without stage 1, seed $seed" "$recipe" "$output/$kind-skipped-$seed" "${same[@]}" "$tower"
+    blip_stage "$kind without stage 1, seed $seed" "$recipe" "$output/$kind-skipped-$seed" run.seed="$seed" "${shown[@]}"
   done
 done
 

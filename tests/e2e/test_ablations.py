@@ -92,27 +92,30 @@ def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path)
     printed, calls = compare(tmp_path, "run.max_iters=7", script="stage1")
     out = tmp_path / "out"
     trained = [line.removeprefix("-m blip.train --cfg tiny/") for line in calls if "blip.train" in line]
+    view = "{name: blip_image_eval, image_size: 112, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
+    shown = (
+        "model.vit_init_from=parts/vit_s14.safetensors"
+        " model.vit={patch_size: 14, width: 384, depth: 12, heads: 6, mlp_dim: 1536, stem_width: 0}"
+        " model.image_size=112"
+        f" datasets.scenes.vis_processor={{train: {view}, eval: {view}}}"
+    )
+    [cached] = [line for line in calls if "cache_features" in line]
+    assert cached == (
+        f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml {shown} run.max_iters=7"
+        f" run.output_dir={out}/features"
+    )
+    shown += f" datasets.scenes.features={out}/features/scenes"
     end = "run.max_iters=7 run.output_dir={} run.resume=auto"
     expected = []
     for seed in (1, 2):
         stage1 = f"{out}/stage1-{seed}"
-        same = f"run.seed={seed} datasets.scenes.features={out}/features-{seed}/scenes"
-        expected.append(f"pretrain_stage1.yaml run.seed={seed} {end.format(stage1)}")
+        alone = "model.vit_train_steps=0 model.vit_train_objectives=[itc, itm, lm]"
+        expected.append(f"pretrain_stage1.yaml run.seed={seed} {shown} {alone} {end.format(stage1)}")
         for kind, recipe in (("decoder", "pretrain_stage2"), ("encoder-decoder", "pretrain_stage2_t5")):
-            starts = {
-                "both": f"model.init_from={stage1}",
-                "skipped": f"model.vit_init_from={stage1}/model/model.safetensors",
-            }
-            for arm, start in starts.items():
+            for arm, start in (("both", f" model.init_from={stage1}"), ("skipped", "")):
                 run = f"{out}/{kind}-{arm}-{seed}"
-                expected.append(f"{recipe}.yaml {same} {start} {end.format(run)}")
+                expected.append(f"{recipe}.yaml run.seed={seed} {shown}{start} {end.format(run)}")
     assert trained == expected
-    assert [line for line in calls if "cache_features" in line] == [
-        f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml"
-        f" model.vit_init_from={out}/stage1-{seed}/model/model.safetensors run.max_iters=7"
-        f" run.output_dir={out}/features-{seed}"
-        for seed in (1, 2)
-    ]
     rows = [line.split() for line in printed.splitlines() if line.startswith("CIDEr")]
     assert rows == [["CIDEr", *["1.25", "±", "0.00"] * 2]] * 2
     _, more = compare(tmp_path, "run.max_iters=7", script="stage1")
