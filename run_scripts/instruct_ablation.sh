@@ -29,20 +29,21 @@ recipe=tiny/instruct.yaml
 
 blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
-"$python" run_scripts/tiny_llm.py --data "$data" --kind "$llm"
+"$python" run_scripts/tiny_llm.py --data "$data" --kind "$llm" --instruct
+reader=model.llm_model=llm/scenes-$llm-instruct
 if [ -z "$start" ]; then
   start=$output/stage2-$llm
   given=(${options[@]+"${options[@]}"})
   options=()
   blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$output/stage1"
   # Its Q-Former keeps what stage 1 has taught it of texts.
-  blip_stage "$stage2" "tiny/$stage2.yaml" "$start" model.init_from="$output/stage1" \
+  blip_stage "$stage2" "tiny/$stage2.yaml" "$start" model.init_from="$output/stage1" "$reader" \
     model.qformer_text_input=true model.max_txt_len=40
   options=(${given[@]+"${given[@]}"})
 fi
 
 # All show the same pictures to the same tower.
-blip_features "tiny/$stage2.yaml" "$output/features" model.init_from="$start"
+blip_features "tiny/$stage2.yaml" "$output/features" model.init_from="$start" "$reader"
 stored=()
 for name in scenes scenes_vqa detail locate refer compare; do
   stored+=("datasets.$name.features=$output/features/scenes")
@@ -54,7 +55,7 @@ compared() {
   shift
   for seed in $seeds; do
     blip_stage "$name, seed $seed" "$recipe" "$output/$llm-$name-$seed" model.init_from="$start" \
-      model.llm_model="llm/scenes-$llm" "${stored[@]}" run.seed="$seed" "$@"
+      "$reader" "${stored[@]}" run.seed="$seed" "$@"
   done
 }
 

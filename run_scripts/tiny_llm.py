@@ -1,13 +1,16 @@
 """Pre-trains two small language models on the text of the embedded data, for configs/tiny: minutes each.
 
     python run_scripts/tiny_llm.py [--data FOLDER] [--steps N] [--kind decoder] [--kind encoder-decoder]
+                                   [--instruct]
 
     DATA/llm/scenes-decoder            Llama's architecture, for recipes with a decoder
     DATA/llm/scenes-encoder-decoder    T5's
+    DATA/llm/scenes-...-instruct       the same, further trained to follow instructions (--instruct)
 
 They never see a picture. What they learn is how scenes are described, to say again what a description says,
 and to answer questions about it; stage 2 then describes pictures to them, in soft tokens, and they stay as
-they are.
+they are. InstructBLIP's language models, Vicuna and FlanT5, had learned from texts to follow instructions of
+all kinds; so have those of --instruct.
 """
 
 from __future__ import annotations
@@ -39,13 +42,15 @@ ASK = "question: {} short answer:"
 BATCH, WARMUP = 48, 50
 STEPS = {"causal": 1500, "seq2seq": 1000}
 RATES = {"causal": 3e-3, "seq2seq": 1.5e-3}
+INSTRUCT = 600
+"""Steps of learning to follow instructions, at a third of the rate."""
 AT_ONCE = 8
 """Batches that are drawn together and cut by length, since half of a batch of any lengths is padding."""
-TEST = 500
+TEST, LONGEST = 500, 6
 
 
-def scenes(root: Path, split: str) -> list[tuple[list[str], list[tuple[str, str]]]]:
-    """Descriptions of every picture, and questions about it with their answers."""
+def scenes(root: Path, split: str, instruct: bool = False) -> list[tuple[list[str], list[tuple[str, str]]]]:
+    """Descriptions of every picture, and prompts with answers: questions, or instructions, too."""
     folder = root / "scenes" / "annotations"
     told: dict[str, list[str]] = defaultdict(list)
     asked: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -55,9 +60,12 @@ def scenes(root: Path, split: str) -> list[tuple[list[str], list[tuple[str, str]
     for record in json.loads((folder / f"instruct_{split}.json").read_text()):
         if record["type"] == "detail":
             told[record["image"]].append(record["text_output"])
+        if instruct:
+            asked[record["image"]].append((record["text_input"], record["text_output"]))
     for record in json.loads((folder / f"vqa_{split}.json").read_text()):
         answer = record["answer"]
-        asked[record["image"]].append((record["question"], answer if isinstance(answer, str) else answer[0]))
+        answer = answer if isinstance(answer, str) else answer[0]
+        asked[record["image"]].append((ASK.format(record["question"]), answer))
     return [(told[image], asked[image]) for image in told]
 
 
@@ -69,7 +77,7 @@ def document(told: list[str], asked: list[tuple[str, str]], rng: random.Random) 
     """
     told = rng.sample(told, len(told) if rng.random() < 0.8 else 1)
     asked = rng.sample(asked, min(len(asked), rng.randint(3, 6)))
-    return told + [f"{ASK.format(question)} {answer}" for question, answer in asked]
+    return told + [f"{prompt} {answer}" for prompt, answer in asked]
 
 
 def pair(told: list[str], asked: list[tuple[str, str]], rng: random.Random) -> list[str]:
@@ -78,9 +86,9 @@ def pair(told: list[str], asked: list[tuple[str, str]], rng: random.Random) -> l
     """
     told = rng.sample(told, len(told))
     if asked and rng.random() < 0.4:
-        question, answer = rng.choice(asked)
+        prompt, answer = rng.choice(asked)
         given = told if rng.random() < 0.5 else told[:1]
-        return [" ".join([*given, ASK.format(question)]), answer]
+        return [" ".join([*given, prompt]), answer]
     words = told.pop().split()
     cut = rng.randrange(len(words))
     before = told if rng.random() < 0.8 else []
@@ -158,34 +166,39 @@ def read(tokenizer: LlmTokenizer, texts: list[str]) -> list[int]:
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: LlmTokenizer, data: list[Any], rng: random.Random) -> float:
-    """Percentage of right answers to questions about a full description, greedily."""
+    """Percentage of right short answers about a full description, greedily."""
     right, groups = 0, defaultdict(list)
-    asked = [(told[-1], *rng.choice(questions)) for told, questions in data[:TEST] if questions]
-    for told, question, answer in asked:
-        prompt = ASK.format(question)
+    short = [(told, [one for one in asked if len(one[1].split()) < LONGEST]) for told, asked in data[:TEST]]
+    asked = [(told[-1], *rng.choice(prompts)) for told, prompts in short if prompts]
+    for told, prompt, answer in asked:
         if tokenizer.kind == "causal":
             ids = torch.tensor([*read(tokenizer, [told]), *tokenizer.raw([prompt])[0]])
         else:
             ids = tokenizer.prompt([f"{told} {prompt}"])[0][0]
         groups[len(ids)].append((ids, answer))
     for length, group in groups.items():  # of one length each, so that nothing is padded
-        found = model.generate(torch.stack([ids for ids, _ in group]), max_new_tokens=6, do_sample=False)
+        found = model.generate(
+            torch.stack([ids for ids, _ in group]), max_new_tokens=LONGEST, do_sample=False
+        )
         texts = tokenizer.decode(found[:, length:] if tokenizer.kind == "causal" else found[:, 1:])
         right += sum(text == answer for text, (_, answer) in zip(texts, group, strict=True))
     return 100 * right / len(asked)
 
 
-def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
-    """Train one model and write it as transformers does."""
+def pretrain(kind: str, root: Path, folder: Path, steps: int, begun: Path | None = None) -> None:
+    """Train one model and write it as transformers does; `begun` is one that is to follow instructions."""
     tokenizer = LlmTokenizer.load("scenes", kind)  # type: ignore[arg-type]
     model, rng, started = build(kind, tokenizer), random.Random(0), time.perf_counter()
-    train, losses = scenes(root, "train"), list[float]()
+    if begun is not None:
+        model.load_state_dict(type(model).from_pretrained(begun).state_dict())
+    peak = RATES[kind] / (1 if begun is None else 3)
+    train, losses = scenes(root, "train", begun is not None), list[float]()
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=RATES[kind], betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     for step, texts in zip(range(steps), batches(kind, train, rng), strict=False):
         rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = RATES[kind] * rate
+        optimizer.param_groups[0]["lr"] = peak * rate
         loss = loss_of(model, tokenizer, texts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -196,7 +209,7 @@ def pretrain(kind: str, root: Path, folder: Path, steps: int) -> None:
             print(f"{folder.name}: step {step + 1}/{steps}, loss {sum(losses) / len(losses):.3f}", flush=True)
             losses.clear()
     model.eval()
-    right = accuracy(model, tokenizer, scenes(root, "val"), rng)
+    right = accuracy(model, tokenizer, scenes(root, "val", begun is not None), rng)
     partial = folder.with_name(folder.name + ".partial")  # what a stop leaves is never taken for the whole
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -212,6 +225,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
     parser.add_argument("--steps", type=int, help="of each (decoder 1500, encoder-decoder 1000)")
     parser.add_argument("--kind", choices=KINDS, action="append", help="which of the two; may be repeated")
+    parser.add_argument("--instruct", action="store_true", help="those that follow instructions, too")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     root = data_root(args.data)
@@ -219,12 +233,15 @@ def main() -> int:
         print(f"error: no scenes in '{root}'; run python -m blip.data make scenes", file=sys.stderr)
         return 2
     for name in args.kind or KINDS:
-        folder = root / "llm" / f"scenes-{name}"
-        if (folder / "model.safetensors").is_file():
-            print(f"{folder}: there already; remove the folder to train it again")
-        else:
-            kind = KINDS[name]
-            pretrain(kind, root, folder, args.steps or STEPS[kind])
+        kind, plain = KINDS[name], root / "llm" / f"scenes-{name}"
+        wanted: list[tuple[Path, int, Path | None]] = [(plain, STEPS[kind], None)]
+        if args.instruct:
+            wanted.append((plain.with_name(f"{plain.name}-instruct"), INSTRUCT, plain))
+        for folder, steps, begun in wanted:
+            if (folder / "model.safetensors").is_file():
+                print(f"{folder}: there already; remove the folder to train it again")
+            else:
+                pretrain(kind, root, folder, args.steps or steps, begun)
     return 0
 
 

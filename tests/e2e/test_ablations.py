@@ -58,7 +58,7 @@ def test_instruction_tuning_is_compared_over_seeds_and_goes_on_where_it_was(tmp_
     )
     assert calls[2] == (
         f"-m blip.train --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage1"
-        f" model.qformer_text_input=true model.max_txt_len=40"
+        f" model.llm_model=llm/scenes-decoder-instruct model.qformer_text_input=true model.max_txt_len=40"
         f" run.output_dir={out}/stage2-decoder run.resume=auto"
     )
     cached = f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage2-decoder"
@@ -83,7 +83,7 @@ def test_it_starts_from_another_run_and_refuses_an_unknown_language_model(tmp_pa
     _, calls = compare(tmp_path, "--start", str(tmp_path / "mine"), "--llm", "encoder-decoder")
     assert not any("--cfg tiny/pretrain" in line and "blip.train" in line for line in calls)
     assert calls[-1].count(f"model.init_from={tmp_path / 'mine'} ") == 1
-    assert "model.llm_model=llm/scenes-encoder-decoder" in calls[-1]
+    assert "model.llm_model=llm/scenes-encoder-decoder-instruct " in calls[-1]
     printed, _ = compare(tmp_path, "--llm", "gpt", code=2)
     assert "error: --llm gpt: choose decoder or encoder-decoder" in printed
 
@@ -114,7 +114,8 @@ def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path)
         for kind, recipe in (("decoder", "pretrain_stage2"), ("encoder-decoder", "pretrain_stage2_t5")):
             for arm, start in (("both", f" model.init_from={stage1}"), ("skipped", "")):
                 run = f"{out}/{kind}-{arm}-{seed}"
-                expected.append(f"{recipe}.yaml run.seed={seed} {shown}{start} {end.format(run)}")
+                same = f"run.seed={seed} {shown} run.max_iters=400"
+                expected.append(f"{recipe}.yaml {same}{start} {end.format(run)}")
     assert trained == expected
     rows = [line.split() for line in printed.splitlines() if line.startswith("CIDEr")]
     assert rows == [["CIDEr", *["1.25", "±", "0.00"] * 2]] * 2
