@@ -223,7 +223,7 @@ def main() -> int:
     """Write the models, both unless told; what is there already stays."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, help="data root; else BLIP_DATA, else data")
-    parser.add_argument("--steps", type=int, help="of each (decoder 1500, encoder-decoder 1000)")
+    parser.add_argument("--steps", type=int, help=f"of each; else {STEPS}, {INSTRUCT} more to instruct")
     parser.add_argument("--kind", choices=KINDS, action="append", help="which of the two; may be repeated")
     parser.add_argument("--instruct", action="store_true", help="those that follow instructions, too")
     args = parser.parse_args()

@@ -68,6 +68,16 @@ def run(*command: str, code: int, **environment: str) -> subprocess.CompletedPro
     return done
 
 
+def stand_in(bin_folder: Path, calls: Path, processes: int = 1) -> dict[str, str]:
+    """The environment in which scripts of several runs call `blip-python`, which writes down how."""
+    return {
+        "BLIP_PYTHON": str(bin_folder / "blip-python"),
+        "REAL_PYTHON": sys.executable,
+        "CALLS": str(calls),
+        "BLIP_PROCESSES": str(processes),
+    }
+
+
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (3, True)])
 def test_slurm_job_continues_only_after_a_stop_that_saved(
     bin_folder: Path, code: int, requeued: bool
@@ -99,13 +109,9 @@ def test_the_chain_goes_on_where_it_was_and_ends_with_all_scores(
     bin_folder: Path, tmp_path: Path, processes: int
 ) -> None:
     calls, output = tmp_path / "calls", tmp_path / "out"
-    environment = {
-        "BLIP_PYTHON": str(bin_folder / "blip-python"),
-        "REAL_PYTHON": sys.executable,
-        "CALLS": str(calls),
+    environment = stand_in(bin_folder, calls, processes) | {
         "BLIP_OPTIONS": "run.max_iters=7 run.seed=1",
         "BLIP_SCENES": "--train 64",
-        "BLIP_PROCESSES": str(processes),
     }
     chain = [str(ROOT / "run_scripts" / "blip.sh"), "--output", str(output), "--data", str(tmp_path / "data")]
     chain.append("run.log_freq=1")
@@ -160,12 +166,7 @@ def test_real_parts_on_one_s_own_pictures(bin_folder: Path, tmp_path: Path) -> N
     photos, table = tmp_path / "photos", tmp_path / "captions.csv"
     photos.mkdir()
     table.touch()
-    environment = {
-        "BLIP_PYTHON": str(bin_folder / "blip-python"),
-        "REAL_PYTHON": sys.executable,
-        "CALLS": str(calls),
-        "BLIP_PROCESSES": "1",
-    }
+    environment = stand_in(bin_folder, calls)
     laptop = str(ROOT / "run_scripts" / "laptop.sh")
     places = ["--output", str(output), "--data", str(data), "run.max_iters=7"]
     own = ["--captions", str(table), "--images", str(photos)]
@@ -203,12 +204,7 @@ def test_two_stages_end_with_captions_and_answers(
     (data / "llm" / f"scenes-{llm}" / "model.safetensors").touch()  # as if it were trained
     (data / "scenes" / "annotations").mkdir(parents=True)
     (data / "scenes" / "annotations" / "train.json").touch()
-    environment = {
-        "BLIP_PYTHON": str(bin_folder / "blip-python"),
-        "REAL_PYTHON": sys.executable,
-        "CALLS": str(calls),
-        "BLIP_PROCESSES": "1",
-    }
+    environment = stand_in(bin_folder, calls)
     script = str(ROOT / "run_scripts" / "blip2_two_stage.sh")
     given = ["--output", str(output), "--data", str(data), "--llm", llm, "model.dropout=0.1", "run.seed=3"]
     done = run(script, *given, code=0, **environment)

@@ -46,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, **config: Any) -> LanguageModel:
-    llm = build_llm(str(folder), LLMConfig(**config))
+    llm = build_llm(str(folder), LLMConfig(device="cpu", **config))  # also where there is a GPU
     llm.load_initial()
     return llm.to("cpu")
 
