@@ -126,8 +126,8 @@ def on_cpu(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "speed": paired_ratio(naive, ours, "seconds", args.warmup),
         "cpu_speed": paired_ratio(naive, ours, "cpu_seconds", args.warmup),
         "memory": rows[1]["peak_gb"] / rows[0]["peak_gb"],
-        "step_memory": beyond(rows[1]) / beyond(rows[0]),
-        "forward_memory": rows[1]["forward_gb"] / rows[0]["forward_gb"],
+        "step_memory": share(beyond(rows[1]), beyond(rows[0])),
+        "forward_memory": share(rows[1]["forward_gb"], rows[0]["forward_gb"]),
         "loss_difference": of_losses,
         "gradient_difference": of_gradient,
         "equal_losses": of_losses <= TOLERANCE,
@@ -148,6 +148,15 @@ def in_turns(processes: list[Process], steps: int) -> list[Process]:
 def beyond(row: dict[str, Any]) -> float:
     """Peak memory beyond what every step needs: runtime, weights, queues, moments, gradients."""
     return row["peak_gb"] - row["fixed_gb"] - row["grads_gb"]
+
+
+def share(part: float, whole: float) -> float | None:
+    """How much of `whole` `part` is; nothing to be said where a small model's step took no further page."""
+    return part / whole if whole > 0 else None
+
+
+def times(ratio: float | None) -> str:
+    return "unknown" if ratio is None else f"{ratio:.2f}x"
 
 
 def on_gpu(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
@@ -190,11 +199,10 @@ def report(bench: Bench, result: dict[str, Any], args: argparse.Namespace) -> No
         )
     print("fixed: runtime, weights, queues, moments; forward: what the forward pass leaves beyond them")
     if "speed" in result:
-        memory = (
-            f"{result['memory']:.2f}x peak memory, {result['step_memory']:.2f}x beyond fixed and gradients"
-        )
+        memory = f"{times(result['memory'])} peak memory"
+        memory += f", {times(result['step_memory'])} beyond fixed and gradients"
         if args.return_memory:
-            memory += f", {result['forward_memory']:.2f}x after the forward pass"
+            memory += f", {times(result['forward_memory'])} after the forward pass"
         print(
             f"blip fp32 against {bench.other} fp32: {result['speed']:.2f}x samples/s (processor time"
             f" {result['cpu_speed']:.2f}x); {memory}; losses"

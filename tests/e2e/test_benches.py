@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from run_scripts.bench.harness import share, times
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--size", "small", "--batch", "4")
 
@@ -49,6 +51,14 @@ def test_a_training_step_beside_another(name: str, other: str, options: list[str
     # After two steps of AdamW the weights, too, must have gone the same way.
     assert rows[0]["last_losses"] == pytest.approx(rows[1]["last_losses"], rel=1e-5)
     assert rows[0]["last_losses"] != pytest.approx(rows[0]["first_losses"], rel=1e-3)
+
+
+def test_memory_that_cannot_be_told_is_no_error() -> None:
+    """A small model's step may find all its pages already taken."""
+    assert share(0.5, 2.0) == 0.25
+    assert share(0.5, 0.0) is None
+    assert times(share(0.5, 0.0)) == "unknown"
+    assert times(0.25) == "0.25x"
 
 
 def test_generation_beside_transformers() -> None:
