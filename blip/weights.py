@@ -6,8 +6,9 @@ Files are read with safetensors or `torch.load(weights_only=True)` only, so read
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -80,10 +81,54 @@ def read_weights(source: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing, empty, truncated, of no known format, or holding Python objects.
     """
-    path = find_weights(source)
-    if path.name.endswith(INDEX_ENDING):
-        return _read_shards(path)
-    return _read_file(path)
+    return dict(StoredWeights(source))
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The named tensors of a weight file or folder, each read when it is asked for.
+
+    What is read is mapped into memory where the format allows, and counts as used as long as its file is
+    open; `release` closes the files, so that whoever copies tensors in parts needs memory for one part.
+
+    Args:
+        source: as of `read_weights`, and with its errors, here and when tensors are asked for.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.path = find_weights(source)
+        sharded = self.path.name.endswith(INDEX_ENDING)
+        self._open: dict[Path, Mapping[str, Tensor]] = {}
+        self._files = _shards(self.path) if sharded else dict.fromkeys(self._opened(self.path), self.path)
+        if sharded:
+            self._check_shards()
+
+    def _check_shards(self) -> None:
+        present = {file: set(self._opened(file)) for file in set(self._files.values())}
+        absent = [name for name, file in self._files.items() if name not in present[file]]
+        if absent:
+            raise CheckpointError(
+                f"'{self.path}': the shards lack {len(absent)} tensors ({some(absent)}); fetch them again"
+            )
+        # A shard may hold tensors that its index does not name.
+        self._files |= {name: file for file, names in present.items() for name in names - set(self._files)}
+
+    def _opened(self, file: Path) -> Mapping[str, Tensor]:
+        if file not in self._open:
+            self._open[file] = _read_file(file)
+        return self._open[file]
+
+    def release(self) -> None:
+        """Close the files; they are opened again when something is asked for."""
+        self._open.clear()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._opened(self._files[name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def find_weights(source: str | Path) -> Path:
@@ -160,11 +205,13 @@ def load_into(
     if complaint and not misfits:
         raise CheckpointError(f"{source}: cannot be loaded: {' '.join(complaint.split())}")
     loaded = [n for n in wanted if n in tensors and n not in misfits]
-    present = {_identity(wanted[n]) for n in loaded}
+    shared = {n: id(p) for n, p in module.named_parameters(remove_duplicate=False)}
+    same = {n: shared.get(n, _identity(tensor)) for n, tensor in wanted.items()}
+    present = {same[n] for n in loaded}
     report = LoadReport(
         source,
         loaded,
-        missing=[n for n in wanted if n not in loaded and _identity(wanted[n]) not in present],
+        missing=[n for n in wanted if n not in loaded and same[n] not in present],
         unexpected=[n for n in tensors if n not in wanted] + misfits,
         reshaped=[n for n in differing if n not in misfits],
         misfits={n: (tuple(differing[n].shape), tuple(wanted[n].shape)) for n in misfits},
@@ -199,7 +246,8 @@ def untie(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors:
             continue
         other = first.setdefault(id(parameter), name)
-        if other == name or torch.equal(tensors[name], tensors[other]):
+        # Names and shapes alone do not tell; a module without memory takes no values.
+        if other == name or parameter.is_meta or torch.equal(tensors[name], tensors[other]):
             continue
         owner, _, leaf = name.rpartition(".")
         own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -245,6 +293,69 @@ def save_safetensors(
         raise CheckpointError(f"cannot write '{path}': {error.strerror or error}") from error
 
 
+def save_shards(
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    shard_bytes: int,
+    after_each: Callable[[], None] = lambda: None,
+) -> list[Path]:
+    """Write named tensors as one safetensors file, or as several with an index, as transformers does.
+
+    Tensors are asked for one after the other, and forgotten once their file is written, so that no more than
+    one file's tensors are in memory. Files are complete or absent; the index is written last.
+
+    Args:
+        tensors: on any device, contiguous or not; two that share memory are written twice.
+        folder: must exist.
+        shard_bytes: a file has no more, unless a single tensor has.
+        after_each: told after each file, when its tensors are no longer needed.
+
+    Returns:
+        The files, without the index.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    parts: list[list[str]] = []
+    part: dict[str, Tensor] = {}
+    size = total = 0
+    unnamed = f"{atomic.PARTIAL}{os.getpid()}-shard-"  # until their number is known
+
+    def flush() -> None:
+        nonlocal size
+        save_safetensors(part, folder / f"{unnamed}{len(parts)}", {"format": "pt"})
+        parts.append(list(part))
+        part.clear()
+        size = 0
+        after_each()
+
+    try:
+        for name in tensors:
+            tensor = tensors[name]
+            own = tensor.numel() * tensor.element_size()
+            if part and size + own > shard_bytes:
+                flush()
+            part[name] = tensor
+            size, total = size + own, total + own
+        del tensor
+        flush()
+    except BaseException:
+        for left in folder.glob(f"{unnamed}*"):
+            left.unlink()
+        raise
+    stem, ending = WEIGHTS_FILE.rsplit(".", 1)
+    files = [folder / WEIGHTS_FILE]
+    if len(parts) > 1:
+        files = [folder / f"{stem}-{k + 1:05d}-of-{len(parts):05d}.{ending}" for k in range(len(parts))]
+    for number, file in enumerate(files):
+        os.replace(folder / f"{unnamed}{number}", file)
+    if len(parts) > 1:
+        weight_map = {name: file.name for file, names in zip(files, parts, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        atomic.write_text(folder / (WEIGHTS_FILE + INDEX_ENDING), json.dumps(index, indent=2) + "\n")
+    return files
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the shell-style patterns fits the whole name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -263,13 +374,13 @@ def _identity(tensor: Tensor) -> Any:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _shards(index: Path) -> dict[str, Path]:
+    """Name of a tensor -> the file that holds it, by an index."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         places = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"'{index}' is no index of weight files: {brief(error)}") from error
-    tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         # The index may come from anywhere; it must not lead out of its folder.
         if Path(file).name != file or not file.endswith(_ENDINGS):
@@ -278,13 +389,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"'{index}': shard {file!r} is missing; fetch it, the index names {len(places)} tensors"
             )
-        tensors |= _read_file(index.parent / file)
-    absent = [name for name in places if name not in tensors]
-    if absent:
-        raise CheckpointError(
-            f"'{index}': the shards lack {len(absent)} tensors ({some(absent)}); fetch them again"
-        )
-    return tensors
+    return {name: index.parent / file for name, file in places.items()}
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from blip.config.typed import typed_section
 from blip.data.browse import Pairs, open_splits
@@ -201,17 +202,37 @@ def _config(
     return typed_section(cls.config_class, layers)
 
 
-def _load(
+class Known(NamedTuple):
+    """What weights are, before a model is built for them."""
+
+    cls: type[BlipModel]
+    config: Any
+    weights: Recognised
+
+
+def identify(
     source: Source,
+    tensors: Mapping[str, Tensor],
     arch: str | None,
     model_type: str | None,
-    is_eval: bool,
     device: torch.device,
     overrides: dict[str, Any],
-) -> Any:
+) -> Known:
+    """The model that weights belong to, its configuration, and the weights by our names.
+
+    Args:
+        source: where they were found.
+        tensors: as they are stored; names and shapes are looked at, and few values.
+        arch, model_type, overrides: as of `from_pretrained`.
+        device: where the model will be: on a CPU foreign weights compute in float32.
+
+    Raises:
+        CheckpointError: of no known model, or its sizes remain open.
+        ConfigError: an unknown name, type or key.
+    """
     name = f"'{source.name}'"
     values = source.values or {}
-    weights = recognise(read_weights(source.weights), arch or values.get("arch") or None, name)
+    weights = recognise(tensors, arch or values.get("arch") or None, name)
     arch = arch or values.get("arch") or weights.arch
     if not arch:
         raise CheckpointError(
@@ -224,10 +245,22 @@ def _load(
         config = _config(cls, arch, model_type, values, overrides, preset={})  # the values are complete
     else:
         config = _foreign_config(source, weights, cls, arch, model_type, device, overrides)
-    model = cls.build(config, source.data_root)
+    return Known(cls, config, weights)
+
+
+def _load(
+    source: Source,
+    arch: str | None,
+    model_type: str | None,
+    is_eval: bool,
+    device: torch.device,
+    overrides: dict[str, Any],
+) -> Any:
+    known = identify(source, read_weights(source.weights), arch, model_type, device, overrides)
+    model = known.cls.build(known.config, source.data_root)
     if source.processors is not None:
         model.processors = source.processors
-    _fill(model, weights, source)
+    _fill(model, known.weights, source)
     return _placed(model, is_eval, device)
 
 
@@ -277,23 +310,31 @@ def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
     absent = left_out(weights.tensors, model.freezable)
     for line in fill(model, weights, f"'{source.name}'", absent):
         log.info("%s", line)
-    lost = [prefix.rstrip(".") for prefix in absent if not _load_frozen(model, prefix, source)]
-    if lost:
-        raise CheckpointError(
-            f"'{source.name}' leaves out {' and '.join(lost)}, which was frozen, and nothing says where its"
-            " weights are"
-        )
+    for prefix in absent:
+        load_frozen(model, prefix, source)
 
 
-def _load_frozen(model: BlipModel, prefix: str, source: Source) -> list[str]:
-    """Look where the run did, below the data root, and where LAVIS keeps its downloads."""
+def load_frozen(model: BlipModel, prefix: str, source: Source) -> None:
+    """Load a frozen part that weights leave out: from where the run did, below the data root, and where LAVIS
+    keeps its downloads.
+
+    Args:
+        model: gets it.
+        prefix: one of `model.freezable`.
+        source: of the weights.
+
+    Raises:
+        CheckpointError: nothing says where it is, or it is not there.
+    """
     failure: CheckpointError | ConfigError | None = None
     for root in dict.fromkeys((source.data_root, None, str(torch_cache()))):
         try:
-            return model.load_frozen([prefix], root)
+            if model.load_frozen([prefix], root):
+                return
+            failure = failure or CheckpointError("it was frozen, and nothing says where its weights are")
         except (CheckpointError, ConfigError) as error:
             failure = failure or error
-    raise CheckpointError(f"'{source.name}' leaves out {prefix}: {failure}") from failure
+    raise CheckpointError(f"'{source.name}' leaves out {prefix.rstrip('.')}: {failure}") from failure
 
 
 def _from_scratch(

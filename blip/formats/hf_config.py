@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, UsageError, brief, hint
 from blip.formats import hf, hf_blip, hf_llm
 from blip.formats.hf_blip import EXPLICIT, check_fixed
@@ -139,8 +138,8 @@ def _check_explicit(folder: Path, keys: tuple[str, ...]) -> None:
             )
 
 
-def to_model(arch: str, model: Any) -> Any:
-    """The transformers model with the weights of ours, in eval mode.
+def theirs_of(arch: str, model: Any) -> Any:
+    """The transformers model of the same sizes, with random weights, on the default device.
 
     Args:
         arch: registry name of `model`.
@@ -148,13 +147,20 @@ def to_model(arch: str, model: Any) -> Any:
 
     Raises:
         UsageError: transformers has no such model.
-        CheckpointError: weights that its layout has no place for.
     """
     fitting = next((found for found in CLASSES.values() if arch in (found.arch, *found.also)), None)
     if fitting is None:
         raise UsageError(f"to_hf: transformers has no counterpart of {arch!r}{hint(arch, hf.TABLES)}")
-    config: ModelConfig = model.config
-    theirs = fitting.build(config, model)
+    return fitting.build(model.config, model)
+
+
+def to_model(arch: str, model: Any) -> Any:
+    """The transformers model with the weights of ours, in eval mode; arguments and errors as `theirs_of`.
+
+    Raises:
+        CheckpointError: weights that its layout has no place for.
+    """
+    theirs = theirs_of(arch, model)
     state: Mapping[str, Tensor] = hf.table(arch).to_theirs(model.state_dict()).state
     untie(theirs, state)
     theirs.load_state_dict(hf_llm.with_image_row(theirs, state))

@@ -27,7 +27,7 @@ _NOT_SIZES = ("architectures", "transformers_version", "dtype", "torch_dtype", "
 _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 """Keys that configurations take without listing them."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-_QFORMER_TOKENIZER = "qformer_tokenizer"
+QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder in which InstructBLIP's processor keeps the Q-Former's tokenizer."""
 
 
@@ -91,7 +91,7 @@ def _is_size(key: str, plain: Any) -> bool:
 
 def tokenizers(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """The values with the tokenizers that a folder holds beside the weights."""
-    own = folder / _QFORMER_TOKENIZER
+    own = folder / QFORMER_TOKENIZER
     found = dict(values)
     if _has_tokenizer(folder):
         found["llm"] = {**values["llm"], "tokenizer": str(folder)}
@@ -212,13 +212,14 @@ def with_image_row(theirs: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor
         theirs: the model that the weights are for.
         state: weights in its layout.
     """
-    found = dict(state)
+    wanted = theirs.state_dict()
+    return {name: image_row(theirs, wanted.get(name), tensor) for name, tensor in state.items()}
+
+
+def image_row(theirs: Any, wanted: Tensor | None, tensor: Tensor) -> Tensor:
+    """One tensor of `with_image_row`, with more rows where `wanted`, that of `theirs`, has them."""
     text = getattr(theirs.config, "text_config", None)
-    if text is None:
-        return found
-    for name, wanted in theirs.state_dict().items():
-        tensor = found.get(name)
-        if tensor is not None and tensor.shape[:1] < wanted.shape[:1] == (text.vocab_size,):
-            row = tensor[text.pad_token_id]
-            found[name] = torch.cat([tensor, row.expand(len(wanted) - len(tensor), *row.shape)])
-    return found
+    if text is None or wanted is None or not tensor.shape[:1] < wanted.shape[:1] == (text.vocab_size,):
+        return tensor
+    row = tensor[text.pad_token_id]
+    return torch.cat([tensor, row.expand(len(wanted) - len(tensor), *row.shape)])

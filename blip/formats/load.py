@@ -14,7 +14,7 @@ from blip.weights import load_into, matches, read_weights
 
 log = logging.getLogger(__name__)
 
-_FROZEN = {"vision.": "vit_init_from", "llm.model.": "llm_model"}
+FROZEN_KEYS = {"vision.": "vit_init_from", "llm.model.": "llm_model"}
 """Parts that weight files may leave out -> the key that says where they come from."""
 
 
@@ -43,7 +43,7 @@ def load_any(model: Any, source: str | Path, data_root: str | Path | None = None
     try:
         return [*lines, *fill(model, weights, name, present)]
     except CheckpointError as error:
-        elsewhere = {p: key for p, key in _FROZEN.items() if p not in present and p in model.freezable}
+        elsewhere = {p: key for p, key in FROZEN_KEYS.items() if p not in present and p in model.freezable}
         for prefix, place in frozen_elsewhere(source).items():
             if prefix in elsewhere:
                 raise CheckpointError(
@@ -65,7 +65,7 @@ def fill(model: Any, weights: Recognised, name: str, present: list[str]) -> list
     Raises:
         CheckpointError: a name is missing, unexpected or of another shape.
     """
-    tensors, without_place, kept = model.adopt(weights.tensors)
+    tensors, without_place, kept = model.adopt(dict(weights.tensors))
     lacking = [*weights.absent, *kept, *(f"{prefix}*" for prefix in (*present, *model.replaceable))]
     report = load_into(model, tensors, source=name, allow_missing=lacking)
     lines = [report.text()]

@@ -8,7 +8,7 @@ other field for one name between dots.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,6 +102,72 @@ class Line(NamedTuple):
         return f"{', '.join(self.source) or '-'} -> {', '.join(self.target) or '-'} ({self.note})"
 
 
+class Move(NamedTuple):
+    """How some keys become others."""
+
+    line: Line
+    change: Change | None = None
+    """Makes the targets of the sources; None: they are the same."""
+
+
+class Converted(Mapping[str, Tensor]):
+    """Weights under other names, each made when it is asked for, so that none needs to be in memory before.
+
+    Args:
+        name: what error messages call the layout.
+        state: weights as they are; may read its tensors when asked, too.
+        moves: what becomes of its keys.
+
+    Raises:
+        CheckpointError: two keys become one; when a tensor is asked for: its values cannot be converted.
+    """
+
+    def __init__(self, name: str, state: State, moves: Sequence[Move]) -> None:
+        self._name, self._state = name, state
+        self._made: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[Move, int]] = {}
+        self.report = [move.line for move in moves]
+        for move in moves:
+            for place, key in enumerate(move.line.target):
+                self._place(key, (move, place))
+
+    def _place(self, key: str, place: tuple[Move, int] | None) -> None:
+        if key in self._places or key in self._made:
+            raise CheckpointError(f"{self._name}: two keys of the file become {key}; keep one of them")
+        if place is not None:
+            self._places[key] = place
+
+    def add(self, key: str, value: Tensor) -> None:
+        """A small tensor that is in no file."""
+        self._place(key, None)
+        self._made[key] = value
+        self.report.append(Line((), (key,), "rebuilt"))
+
+    def copy(self, key: str, of: str) -> None:
+        """A second name of a tensor."""
+        self._place(key, self._places[of])
+        self.report.append(Line((), (key,), "copied"))
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key in self._made:
+            return self._made[key]
+        move, place = self._places[key]
+        values = tuple(self._state[source] for source in move.line.source)
+        if move.change is None:
+            return values[place]
+        try:
+            return move.change(*values)[place]
+        except ValueError as error:
+            keys = ", ".join(move.line.source)
+            raise CheckpointError(f"{self._name}: {keys} cannot be converted: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._places, *self._made])
+
+    def __len__(self) -> int:
+        return len(self._places) + len(self._made)
+
+
 class Conversion(NamedTuple):
     """Converted weights, and one line for every group of keys."""
 
@@ -131,7 +197,15 @@ class Table:
         return all(any(name.startswith(part) for name in names) for part in self.needs)
 
     def to_ours(self, state: State) -> Conversion:
-        """Foreign weights under our names.
+        """Foreign weights under our names; raises what `ours` and reading it raise."""
+        return _all_of(self.ours(state))
+
+    def to_theirs(self, state: State) -> Conversion:
+        """Our weights under the foreign names; raises what `theirs` and reading it raise."""
+        return _all_of(self.theirs(state))
+
+    def ours(self, state: State) -> Converted:
+        """Foreign weights under our names, made when asked for.
 
         Raises:
             CheckpointError: keys without a rule, an incomplete group, or a dropped tensor that is not what
@@ -143,39 +217,22 @@ class Table:
                 self._check_dropped(rule, keys[0], state, rule.rebuild(state))
             if isinstance(rule, Copy) and rule.exact:
                 self._check_dropped(rule, keys[0], state, state.get(rule.of.format_map(fields)))
-        return self._move(state, groups, _ours)
+        return Converted(self.name, state, _moves(groups, _ours))
 
-    def to_theirs(self, state: State) -> Conversion:
-        """Our weights under the foreign names, with what they keep besides.
+    def theirs(self, state: State) -> Converted:
+        """Our weights under the foreign names, with what they keep besides, made when asked for.
 
         Raises:
-            CheckpointError: keys without a rule, an incomplete group, or values that the layout cannot hold.
+            CheckpointError: keys without a rule, or an incomplete group.
         """
-        result, report = self._move(state, self._groups(state, self._ours, _ours), _theirs)
+        found = Converted(self.name, state, _moves(self._groups(state, self._ours, _ours), _theirs))
         for rule in self.rules:
-            value = rule.rebuild(result) if isinstance(rule, Drop) and rule.rebuild is not None else None
+            value = rule.rebuild(found) if isinstance(rule, Drop) and rule.rebuild is not None else None
             if value is not None:
-                self._put(result, _theirs(rule), (value,))
-                report.append(Line((), _theirs(rule), "rebuilt"))
-            for key, copy in self._copies(rule, result) if isinstance(rule, Copy) else ():
-                self._put(result, (copy,), (result[key],))
-                report.append(Line((), (copy,), "copied"))
-        return Conversion(result, report)
-
-    def _move(self, state: State, groups: list[Group], target: Side) -> Conversion:
-        result: dict[str, Tensor] = {}
-        report = []
-        for rule, fields, keys in groups:
-            if isinstance(rule, Drop | Copy | Omit):
-                report.append(Line(keys, (), rule.reason))
-                continue
-            targets = tuple(template.format_map(fields) for template in target(rule))
-            values = tuple(state[key] for key in keys)
-            if isinstance(rule, Transform):
-                values = self._changed(rule.to_ours if target is _ours else rule.to_theirs, keys, values)
-            self._put(result, targets, values)
-            report.append(Line(keys, targets, "transformed" if isinstance(rule, Transform) else "renamed"))
-        return Conversion(result, report)
+                found.add(_theirs(rule)[0], value)
+            for key, copy in self._copies(rule, found) if isinstance(rule, Copy) else ():
+                found.copy(copy, key)
+        return found
 
     def _groups(self, state: State, patterns: list[tuple[re.Pattern[str], Rule]], side: Side) -> list[Group]:
         """(rule, fields, the state's keys that it takes), in the order of the state."""
@@ -207,14 +264,6 @@ class Table:
             " so check the architecture they are loaded into"
         )
 
-    def _changed(
-        self, change: Change, keys: tuple[str, ...], values: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        try:
-            return change(*values)
-        except ValueError as error:
-            raise CheckpointError(f"{self.name}: {', '.join(keys)} cannot be converted: {error}") from error
-
     @staticmethod
     def _copies(rule: Copy, state: State) -> list[tuple[str, str]]:
         """What there is to copy: (first name, second name)."""
@@ -228,12 +277,6 @@ class Table:
                 f"{self.name}: {key} would be dropped ({rule.reason}), but its values say something else;"
                 " the model has no place for them"
             )
-
-    def _put(self, result: dict[str, Tensor], keys: tuple[str, ...], values: tuple[Tensor, ...]) -> None:
-        for key, value in zip(keys, values, strict=True):
-            if key in result:
-                raise CheckpointError(f"{self.name}: two keys of the file become {key}; keep one of them")
-            result[key] = value
 
 
 def expand(rules: Iterable[Rule], **fields: Sequence[str]) -> list[Rule]:
@@ -258,6 +301,25 @@ def _filled(rule: Rule, name: str, value: str) -> Rule:
         return Omit(fill(rule.ours), rule.reason)
     theirs, ours = tuple(map(fill, rule.theirs)), tuple(map(fill, rule.ours))
     return Transform(theirs, ours, rule.to_ours, rule.to_theirs)
+
+
+def _moves(groups: list[Group], target: Side) -> list[Move]:
+    moves = []
+    for rule, fields, keys in groups:
+        if isinstance(rule, Drop | Copy | Omit):
+            moves.append(Move(Line(keys, (), rule.reason)))
+            continue
+        targets = tuple(template.format_map(fields) for template in target(rule))
+        if isinstance(rule, Transform):
+            change = rule.to_ours if target is _ours else rule.to_theirs
+            moves.append(Move(Line(keys, targets, "transformed"), change))
+        else:
+            moves.append(Move(Line(keys, targets, "renamed")))
+    return moves
+
+
+def _all_of(found: Converted) -> Conversion:
+    return Conversion(dict(found), found.report)
 
 
 def _theirs(rule: Rule) -> tuple[str, ...]:

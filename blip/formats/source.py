@@ -49,7 +49,8 @@ class Recognised(NamedTuple):
 
     arch: str | None
     """Registry name of a model that they fit; None where they bear our names already."""
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    """Each made when it is asked for."""
     absent: list[str]
     """Patterns of our names that their layout has no place for."""
 
@@ -102,7 +103,9 @@ def torch_cache() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def recognise(tensors: dict[str, Tensor], arch: str | None = None, name: str = "the weights") -> Recognised:
+def recognise(
+    tensors: Mapping[str, Tensor], arch: str | None = None, name: str = "the weights"
+) -> Recognised:
     """Weights of any known layout under our names, by what they are called.
 
     Args:
@@ -129,7 +132,7 @@ def recognise(tensors: dict[str, Tensor], arch: str | None = None, name: str = "
     failures = []
     for other, table in fitting:
         try:
-            ours = table.to_ours(tensors).state
+            ours = table.ours(tensors)
         except CheckpointError as error:
             failures.append(error)
             continue

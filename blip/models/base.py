@@ -281,12 +281,21 @@ class BlipModel(nn.Module):
         except OSError as error:
             raise CheckpointError(f"cannot write to '{folder}': {error.strerror or error}") from error
         save_safetensors(self.state_to_save(), folder / WEIGHTS_FILE)
+        self.describe(folder, self.frozen_parts())
+        return folder
+
+    def describe(self, folder: Path, frozen: Mapping[str, str]) -> None:
+        """Write the `config.json` that belongs to a folder of weights.
+
+        Args:
+            folder: must exist.
+            frozen: parts that the weights leave out: state-dict prefix -> where they come from.
+        """
         arch = self.config.arch or next((n for n in MODELS.names() if MODELS.get(n) is type(self)), "")
         description = {
             "format": FORMAT,
             "config": {**asdict(self.config), "arch": arch},
-            "frozen_parts": self.frozen_parts(),
+            "frozen_parts": dict(frozen),
             "processors": self.processors,
         }
         atomic.write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
-        return folder

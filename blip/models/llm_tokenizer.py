@@ -6,6 +6,7 @@ cut and where the padding goes is decided here, so that a tokenizer's own settin
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -245,6 +246,10 @@ class LlmTokenizer:
             row = row[: row.index(self.end_id)] if self.end_id in row else row
             texts.append(self._plain_decode([token for token in row if token not in dropped]).strip())
         return texts
+
+    def as_theirs(self) -> Any:
+        """A copy as transformers knows it."""
+        return copy.deepcopy(self._tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer as transformers does, beside the weights of its model."""

@@ -78,6 +78,10 @@ class WordPieces:
         """Texts of (B, T) ids, without special tokens."""
         return [text.strip() for text in self._tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)]
 
+    def as_theirs(self) -> Tokenizer:
+        """The tokenizer as the package `tokenizers` knows it."""
+        return getattr(self._tokenizer, "_tokenizer", self._tokenizer)
+
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
         if found is None:

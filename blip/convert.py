@@ -1,0 +1,294 @@
+"""`python -m blip.convert IN OUT --to {blip,lavis,hf}`: weights from one layout to another.
+
+Tensors are read, renamed and written one after the other, in the precision that they are stored in, so that
+files larger than memory can be converted. Every key is accounted for. Frozen parts whose weights lie
+elsewhere (a tower, a language model) are referred to, as LAVIS does, unless `--frozen copy` asks for them;
+Hugging Face's layout has no references, so there they are always copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from blip import atomic
+from blip.cli import guard, set_up_logging
+from blip.config.files import parse_overrides
+from blip.errors import CheckpointError, UsageError
+from blip.formats import hf, lavis
+from blip.formats.hf_folder import Picture, write_folder
+from blip.formats.load import FROZEN_KEYS, fill
+from blip.formats.rules import Converted, Line
+from blip.formats.source import Recognised, Source, left_out, open_source
+from blip.models.base import BlipModel
+from blip.weights import StoredWeights, save_shards, some
+from blip.zoo import Known, identify, load_frozen, load_preprocess
+
+log = logging.getLogger("blip.convert")  # `__name__` is `__main__` in a command
+
+Layout = Literal["blip", "lavis", "hf"]
+Frozen = Literal["refer", "copy"]
+SHARD_BYTES = 5_000_000_000
+"""Largest file, as of transformers."""
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+class Conversion(NamedTuple):
+    """What was converted."""
+
+    arch: str
+    """Registry name of the model."""
+    files: list[Path]
+    """The weights that were written."""
+    lines: list[Line]
+    """What became of every key, from the source's names to the target's."""
+    notes: list[str]
+    """What was left out or referred to, and why."""
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: Layout,
+    *,
+    arch: str | None = None,
+    model_type: str | None = None,
+    frozen: Frozen = "refer",
+    shard_bytes: int = SHARD_BYTES,
+    **overrides: Any,
+) -> Conversion:
+    """Write weights in another layout.
+
+    Args:
+        source: as `blip.from_pretrained` takes it: LAVIS's .pth, Hugging Face folder or hub id, run folder.
+        out: folder to make (`blip`, `hf`), or file to write (`lavis`), whose name ends in .pth.
+        to: `blip`: what `from_pretrained` reads; `lavis`: `{"model": ...}`; `hf`: what transformers reads.
+        arch, model_type, **overrides: as `from_pretrained`; what the tensors cannot tell.
+        frozen: of parts that the source leaves out because they were frozen: `refer` to where the
+            configuration says they are, or `copy` them. Hugging Face's layout always has them.
+        shard_bytes: a file has no more, unless a single tensor has (`blip`, `hf`).
+
+    Returns:
+        What became of every key.
+
+    Raises:
+        CheckpointError: unreadable weights, a key that is missing, unexpected or of another shape, frozen
+            parts that are nowhere to be found, or a target that cannot be written.
+        UsageError: the target's layout has no such model, or `out` is there already.
+    """
+    place = Path(out)
+    _check_target(place, to)
+    found = open_source(source)
+    stored = StoredWeights(found.weights)
+    known = identify(found, stored, arch, model_type, torch.device("meta"), overrides)
+    model, notes = _checked(found, known)
+    name, state = known.config.arch, known.weights.tensors
+    lines = list(state.report) if isinstance(state, Converted) else []
+    absent = left_out(state, model.freezable)
+    if absent and (frozen == "copy" or to == "hf"):
+        state = _Joined([state, *(_fetched(model, prefix, found) for prefix in absent)])
+        absent = []
+    places = {prefix: _origin(model, prefix, found) for prefix in absent}
+    notes += [f"{prefix.rstrip('.')} is referred to: {where}" for prefix, where in places.items()]
+    stored.release()
+    if to == "blip":
+        files = save_shards(state, place, shard_bytes, stored.release)
+        model.describe(place, places)
+        return Conversion(name, files, lines or [Line((k,), (k,), "the same") for k in state], notes)
+    table = hf.table(name) if to == "hf" else lavis.table(name, _variant(known.config))
+    theirs = table.theirs(state)
+    if to == "lavis":
+        files = _write_lavis(theirs, place)
+    else:
+        picture = _picture(model)
+        files, more = write_folder(name, model, theirs, place, shard_bytes, stored.release, picture)
+        notes += more
+    return Conversion(name, files, _through(lines, theirs.report), notes)
+
+
+def _variant(config: Any) -> str:
+    """What chooses between tables of one model."""
+    return getattr(config, "vit_model", None) or getattr(config, "share", None) or ""
+
+
+def _picture(model: BlipModel) -> Picture:
+    images, _ = load_preprocess(model)
+    mean, std = images["eval"].norm().tolist()
+    return Picture(model.config.image_size, mean, std)
+
+
+def _fetched(model: BlipModel, prefix: str, found: Source) -> Mapping[str, Tensor]:
+    """A frozen part from where it lies, by our names."""
+    part = model.get_submodule(prefix.rstrip("."))
+    part.to_empty(device="cpu")
+    load_frozen(model, prefix, found)
+    part = model.get_submodule(prefix.rstrip("."))
+    return {prefix + key: tensor for key, tensor in part.state_dict().items()}
+
+
+def _origin(model: BlipModel, prefix: str, found: Source) -> str:
+    """Where a frozen part that is left out lies, as the configuration says it.
+
+    Raises:
+        CheckpointError: it does not say.
+    """
+    key = FROZEN_KEYS[prefix]
+    where = getattr(model.config, key)
+    if where is None:
+        raise CheckpointError(
+            f"'{found.name}' leaves out {prefix.rstrip('.')}, and nothing says where its weights are; give"
+            f" {key}=..."
+        )
+    return str(where)
+
+
+class _Joined(Mapping[str, Tensor]):
+    """Several mappings as one; names are in one of them each."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        self._of = {name: part for part in parts for name in part}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of[name][name]
+
+    def __iter__(self) -> Any:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+
+def _check_target(place: Path, to: str) -> None:
+    if to not in get_args(Layout):
+        raise UsageError(f"--to {to}: no such layout; choose from {', '.join(get_args(Layout))}")
+    if to == "lavis" and place.suffix != ".pth":
+        raise UsageError(f"'{place}': LAVIS's weights are one file; give a name that ends in .pth")
+    if to != "lavis" and place.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        raise UsageError(f"'{place}': this layout is a folder of weights and configuration; give a folder")
+    if (place.is_dir() and any(place.iterdir())) or (place.exists() and not place.is_dir()):
+        raise UsageError(f"'{place}' is there already; remove it, or give another name")
+    try:
+        (place.parent if to == "lavis" else place).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to '{place}': {error.strerror or error}") from error
+
+
+def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str]]:
+    """The model without memory, after weights of these names and shapes have been laid into it.
+
+    Raises:
+        CheckpointError: a name is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        model = known.cls.build(known.config, found.data_root)
+    model.on_step(sys.maxsize)
+    if found.processors is not None:
+        model.processors = found.processors
+    weights = known.weights
+    shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in weights.tensors.items()}
+    absent = left_out(shapes, model.freezable)
+    lines = fill(model, Recognised(weights.arch, shapes, weights.absent), f"'{found.name}'", absent)
+    return model, lines
+
+
+def _write_lavis(state: Mapping[str, Tensor], file: Path) -> list[Path]:
+    """torch writes one tensor after the other, from where it is mapped."""
+    try:
+        atomic.write_file(file, lambda partial: torch.save({"model": dict(state)}, partial))
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+        raise CheckpointError(f"cannot write '{file}': {error}") from error
+    return [file]
+
+
+def _through(first: list[Line], second: list[Line]) -> list[Line]:
+    """Two conversions as one: what became of the source's keys."""
+    if not first:
+        return second
+    origin = {key: line.source for line in first for key in line.target}
+    joined = [line for line in first if not line.target]
+    for line in second:
+        source = tuple(dict.fromkeys(key for ours in line.source for key in origin.get(ours, (ours,))))
+        joined.append(Line(source, line.target, line.note))
+    return joined
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code of the command: 0 done, 2 what cannot be converted."""
+    args = _parser().parse_intermixed_args(argv)
+    set_up_logging()
+    return guard(lambda: _run(args), debug=args.debug)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip convert", description="Convert weights between our, LAVIS's and Hugging Face's layout."
+    )
+    add = parser.add_argument
+    add("source", metavar="IN", help="LAVIS's .pth, a Hugging Face folder or hub id, or a run folder")
+    add("out", metavar="OUT", help="folder to make, or a .pth to write (--to lavis)")
+    add("--to", required=True, choices=get_args(Layout), help="layout to write")
+    add("--arch", help="registry name of the model; default: recognised by its files")
+    add("--model-type", help="preset, where the weights do not tell it")
+    text = "of frozen parts that lie elsewhere: refer to them (default), or copy them"
+    add("--frozen", choices=get_args(Frozen), default="refer", help=text)
+    add("--shard-size", default="5GB", help="largest file, such as 500MB; default: 5GB")
+    add("--keys", action="store_true", help="print what became of every key")
+    add(
+        "overrides", nargs="*", metavar="key=value", help="keys of the section model that tensors cannot tell"
+    )
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    done = convert(
+        args.source,
+        args.out,
+        args.to,
+        arch=args.arch,
+        model_type=args.model_type,
+        frozen=args.frozen,
+        shard_bytes=_bytes(args.shard_size),
+        **_tree(args.overrides),
+    )
+    if args.keys:
+        for line in done.lines:
+            print(line)
+    for note in done.notes:
+        print(note)
+    counts: dict[str, int] = {}
+    for line in done.lines:
+        counts[line.note] = counts.get(line.note, 0) + max(len(line.source), len(line.target))
+    print(f"{done.arch}: " + ", ".join(f"{count} {note}" for note, count in counts.items()))
+    print(f"wrote {some([str(file) for file in done.files])}")
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) <= 0:
+        raise UsageError(f"--shard-size {text}: give a size such as 500MB or 5GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """`vit.depth=4` or `model.vit.depth=4` as nested dictionaries."""
+    tree: dict[str, Any] = {}
+    for path, value in parse_overrides(overrides):
+        *sections, key = path[1:] if path[0] == "model" else path
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return tree
+
+
+if __name__ == "__main__":
+    sys.exit(main())
