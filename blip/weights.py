@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -146,19 +148,34 @@ def find_weights(source: str | Path) -> Path:
         return path
     for name in _FOLDER_FILES:
         if (path / name).is_file():
-            return path / name
+            return _inside(path / name)
     for name in (MODEL_FOLDER, f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last"):
         found = pointed(path / name) / WEIGHTS_FILE
         if found.is_file():
-            return found
+            return _inside(found)
     only = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file())
     if len(only) == 1:
-        return only[0]
+        return _inside(only[0])
     several = f"; it has {some([p.name for p in only])}, name one of them" if only else ""
     raise CheckpointError(
         f"no weights in the folder '{source}': expected {WEIGHTS_FILE}, {MODEL_FOLDER}/{WEIGHTS_FILE} or"
         f" {CHECKPOINT_FOLDER}/last{several}"
     )
+
+
+def _inside(file: Path) -> Path:
+    """The file of a folder, if it is no link that leads out of it; the hub's cache links to `blobs`.
+
+    Raises:
+        CheckpointError: it is one. What comes with others' folders must not bring other files to light.
+    """
+    real, folder = file.resolve(), file.parent.resolve()
+    blobs = folder.parent.parent / "blobs"
+    if file.is_symlink() and not any(real.is_relative_to(place) for place in (folder, blobs)):
+        raise CheckpointError(
+            f"'{file}' is a link that leads out of its folder, to '{real}'; give that path, if it is meant"
+        )
+    return file
 
 
 def pointed(path: Path) -> Path:
@@ -196,6 +213,7 @@ def load_into(
     untie(module, tensors)
     wanted = module.state_dict()
     differing = {n: t for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape}
+    _check_kinds(source, tensors, wanted)
     complaint = ""
     try:
         module.load_state_dict(dict(tensors), strict=False)
@@ -229,6 +247,22 @@ def load_into(
             f"{refused.text()}; it is of another arch or other sizes, or needs 'blip convert' first"
         )
     return report
+
+
+def _check_kinds(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where numbers of another kind would be cast without a word."""
+
+    def kind(tensor: Tensor) -> str:
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            return str(tensor.dtype).removeprefix("torch.")
+        return "floating-point" if tensor.is_floating_point() else "whole"
+
+    for name in wanted:
+        if name in tensors and kind(tensors[name]) != kind(wanted[name]):
+            raise CheckpointError(
+                f"{source}: {name} has {kind(tensors[name])} numbers ({tensors[name].dtype}), and"
+                f" {kind(wanted[name])} ones are needed; it is damaged, or of another model"
+            )
 
 
 def untie(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -389,12 +423,16 @@ def _shards(index: Path) -> dict[str, Path]:
             raise CheckpointError(
                 f"'{index}': shard {file!r} is missing; fetch it, the index names {len(places)} tensors"
             )
+        _inside(index.parent / file)
     return {name: index.parent / file for name, file in places.items()}
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            raise CheckpointError(f"'{path}' is no regular file; give a weight file")
+        size = status.st_size
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -437,6 +475,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
     load = partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
+        if mmap:
+            _check_archive(path)
         content = load(mmap=True) if mmap else load()
     except Exception as error:  # a damaged pickle may raise anything
         text = str(error)
@@ -446,16 +486,45 @@ def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
                 f"'{path}' holds Python objects ({found[1]}) beside tensors, which could run code when read;"
                 " where you trust the file, save its state dict alone"
             ) from error
+        if isinstance(error, CheckpointError):
+            raise
         # What torch says of `weights_only` advises what is never done here.
         reason = "" if "weights_only" in text else f": {brief(error)}"
         raise CheckpointError(f"'{path}' is damaged or no weight file{reason}; use another") from error
     tensors = _named_tensors(content)
+    for name, tensor in tensors.items():
+        _check_stored(path, name, tensor)
     if not tensors:
         kind = type(content).__name__
         raise CheckpointError(
             f"'{path}' holds no named tensors but a {kind}; a state dict or {{'model': ...}} is needed"
         )
     return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError for an archive whose members are packed, which torch never does.
+
+    A few bytes could become more than the memory holds.
+    """
+    with zipfile.ZipFile(path) as archive:
+        packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(
+            f"'{path}' has packed members ({some(packed)}), which torch does not write; unpack it, and save"
+            " its state dict with torch.save"
+        )
+
+
+def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError for a tensor of no plain numbers, or larger than what is stored of it."""
+    if tensor.is_sparse or tensor.is_quantized or tensor.layout != torch.strided:
+        raise CheckpointError(f"'{path}': {name} is no plain tensor ({tensor.layout}); save it as one")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        stored = tensor.untyped_storage().nbytes()
+        raise CheckpointError(
+            f"'{path}': {name} is {tuple(tensor.shape)}, but only {stored} bytes of it are there"
+        )
 
 
 def _named_tensors(content: Any) -> dict[str, Tensor]:

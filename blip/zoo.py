@@ -54,7 +54,7 @@ def load_model(
         name: see `list_models`.
         model_type: preset; None: that of the checkpoint, else the first one.
         is_eval: set evaluation mode.
-        device: where to put it.
+        device: where to put it. With `pretrained=False`, `meta` gives sizes without memory, in seconds.
         checkpoint: weights to load, as `from_pretrained` takes them.
         pretrained: without `checkpoint`, load the weights that LAVIS publishes; they must be on this machine.
             False: random weights, but for parts whose files `overrides` name (`vit_init_from`).
@@ -70,7 +70,7 @@ def load_model(
     if checkpoint is None:
         model_type = model_type or next(iter(cls.presets), "")
         if not pretrained:
-            return _placed(_from_scratch(cls, name, model_type, overrides), is_eval, device)
+            return _placed(_from_scratch(cls, name, model_type, overrides, device), is_eval, device)
         if model_type not in cls.published:
             raise CheckpointError(
                 f"no weights are published for {name} {model_type!r}; give checkpoint=PATH or a hub id, or"
@@ -338,13 +338,21 @@ def load_frozen(model: BlipModel, prefix: str, source: Source) -> None:
 
 
 def _from_scratch(
-    cls: type[BlipModel], arch: str, model_type: str, overrides: Mapping[str, Any]
+    cls: type[BlipModel],
+    arch: str,
+    model_type: str,
+    overrides: Mapping[str, Any],
+    device: torch.device,
 ) -> BlipModel:
-    """Random weights; of the parts only those are read whose source an override names."""
+    """Random weights; of the parts only those are read whose source an override names, none on `meta`."""
     preset = _without_sources(cls.presets.get(model_type, {}))
     if "llm_model" in preset and "llm_model" not in overrides:
         preset["load_llm"] = False
-    model = cls.build(_config(cls, arch, model_type, {}, overrides, preset))
+    config = _config(cls, arch, model_type, {}, overrides, preset)
+    if device.type == "meta":
+        with device:
+            return cls.build(config)
+    model = cls.build(config)
     for line in model.load_parts():
         log.info("%s", line)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, asdict, fields, replace
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from blip import atomic
 from blip.batch import Output
 from blip.config.schema import ModelConfig
-from blip.errors import CheckpointError, ConfigError, hint
+from blip.errors import CheckpointError, ConfigError, UsageError, brief, hint
+from blip.models.card import card
 from blip.models.tokenizer import DEC, WordPieces
 from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
@@ -23,6 +25,7 @@ from blip.weights import save_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 FORMAT = "blip"
 """What `format` of our `config.json` says."""
 
@@ -284,6 +287,49 @@ class BlipModel(nn.Module):
         self.describe(folder, self.frozen_parts())
         return folder
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload what `save_pretrained` writes, with a model card, to the Hugging Face hub.
+
+        Args:
+            repo_id: `user/name`; made where it is not there. Its README, if it has one, stays.
+            private: whether a new repository is.
+            token: None: the one that `hf auth login` has stored.
+            commit_message: of the upload.
+
+        Returns:
+            The address of the upload.
+
+        Raises:
+            UsageError: the hub refuses, or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                if not api.file_exists(repo, CARD_FILE):
+                    text = card(self, self._arch(), repo, self.frozen_parts())
+                    (Path(folder) / CARD_FILE).write_text(text, encoding="utf-8")
+                return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message))
+            except Exception as error:  # the hub client raises errors of many packages
+                raise UsageError(
+                    f"push_to_hub: '{repo_id}' cannot be written ({brief(error)}); look at the name, the"
+                    " connection and the token (hf auth login)"
+                ) from error
+
+    def _arch(self) -> str:
+        named = (name for name in MODELS.names() if MODELS.get(name) is type(self))
+        return str(self.config.arch or next(named, ""))
+
     def describe(self, folder: Path, frozen: Mapping[str, str]) -> None:
         """Write the `config.json` that belongs to a folder of weights.
 
@@ -291,10 +337,9 @@ class BlipModel(nn.Module):
             folder: must exist.
             frozen: parts that the weights leave out: state-dict prefix -> where they come from.
         """
-        arch = self.config.arch or next((n for n in MODELS.names() if MODELS.get(n) is type(self)), "")
         description = {
             "format": FORMAT,
-            "config": {**asdict(self.config), "arch": arch},
+            "config": {**asdict(self.config), "arch": self._arch()},
             "frozen_parts": dict(frozen),
             "processors": self.processors,
         }
