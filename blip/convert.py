@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -26,10 +27,11 @@ from blip.errors import CheckpointError, UsageError
 from blip.formats import hf, lavis
 from blip.formats.hf_folder import Picture, write_folder
 from blip.formats.load import FROZEN_KEYS, fill
-from blip.formats.rules import Converted, Line
+from blip.formats.rules import Line
 from blip.formats.source import Recognised, Source, left_out, open_source
 from blip.models.base import BlipModel
-from blip.weights import StoredWeights, save_shards, some
+from blip.models.vision import DTYPES
+from blip.weights import StoredWeights, matches, save_shards, some
 from blip.zoo import Known, identify, load_frozen, load_preprocess
 
 log = logging.getLogger("blip.convert")  # `__name__` is `__main__` in a command
@@ -38,6 +40,8 @@ Layout = Literal["blip", "lavis", "hf"]
 Frozen = Literal["refer", "copy"]
 SHARD_BYTES = 5_000_000_000
 """Largest file, as of transformers."""
+TOWER = "vision.vit.patch_embed.proj.weight"
+"""One of the tower's tensors."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -89,9 +93,11 @@ def convert(
     found = open_source(source)
     stored = StoredWeights(found.weights)
     known = identify(found, stored, arch, model_type, torch.device("meta"), overrides)
-    model, notes = _checked(found, known)
+    if not found.own and "vit_precision" not in overrides:
+        known = _as_stored(known)
+    model, notes, lacking = _checked(found, known)
     name, state = known.config.arch, known.weights.tensors
-    lines = list(state.report) if isinstance(state, Converted) else []
+    lines = list(known.weights.report)
     absent = left_out(state, model.freezable)
     if absent and (frozen == "copy" or to == "hf"):
         state = _Joined([state, *(_fetched(model, prefix, found) for prefix in absent)])
@@ -101,7 +107,7 @@ def convert(
     stored.release()
     if to == "blip":
         files = save_shards(state, place, shard_bytes, stored.release)
-        model.describe(place, places)
+        model.describe(place, places, lacking)
         return Conversion(name, files, lines or [Line((k,), (k,), "the same") for k in state], notes)
     table = hf.table(name) if to == "hf" else lavis.table(name, _variant(known.config))
     theirs = table.theirs(state)
@@ -112,6 +118,15 @@ def convert(
         files, more = write_folder(name, model, theirs, place, shard_bytes, stored.release, picture)
         notes += more
     return Conversion(name, files, _through(lines, theirs.report), notes)
+
+
+def _as_stored(known: Known) -> Known:
+    """The configuration says the tower's precision in which it is stored, so that nothing is rounded."""
+    tower = known.weights.tensors.get(TOWER)
+    if tower is None or not hasattr(known.config, "vit_precision"):
+        return known
+    precision = next((name for name, dtype in DTYPES.items() if dtype == tower.dtype), "fp32")
+    return known._replace(config=replace(known.config, vit_precision=precision))
 
 
 def _variant(config: Any) -> str:
@@ -181,8 +196,11 @@ def _check_target(place: Path, to: str) -> None:
         raise CheckpointError(f"cannot write to '{place}': {error.strerror or error}") from error
 
 
-def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str]]:
+def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str], list[str]]:
     """The model without memory, after weights of these names and shapes have been laid into it.
+
+    Returns:
+        It, lines of report, and names that the layout has no place for.
 
     Raises:
         CheckpointError: a name is missing, unexpected or of another shape.
@@ -196,7 +214,8 @@ def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str]]:
     shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in weights.tensors.items()}
     absent = left_out(shapes, model.freezable)
     lines = fill(model, Recognised(weights.arch, shapes, weights.absent), f"'{found.name}'", absent)
-    return model, lines
+    lacking = [key for key in model.state_dict() if key not in shapes and matches(key, weights.absent)]
+    return model, lines, lacking
 
 
 def _write_lavis(state: Mapping[str, Tensor], file: Path) -> list[Path]:

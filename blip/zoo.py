@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from blip.data.browse import Pairs, open_splits
 from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import to_model
+from blip.formats.hf_llm import without_image_rows
 from blip.formats.load import fill
 from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
 from blip.models.base import BlipModel
@@ -233,6 +234,10 @@ def identify(
     name = f"'{source.name}'"
     values = source.values or {}
     weights = recognise(tensors, arch or values.get("arch") or None, name)
+    if source.values is not None and not source.own:
+        source.values, own = without_image_rows(source.values, weights.tensors, source.image_token)
+        weights = weights._replace(tensors=own)
+    weights = weights._replace(absent=[*weights.absent, *source.absent])
     arch = arch or values.get("arch") or weights.arch
     if not arch:
         raise CheckpointError(
@@ -276,7 +281,9 @@ def _foreign_config(
     """The configuration of weights that others wrote: what their files tell, then the preset that fits."""
     found, unknown = cls.sizes_of(weights.tensors)
     if source.values is not None:
-        found, unknown = {k: v for k, v in source.values.items() if k != "arch"}, []
+        found, unknown = dict(source.values), []
+        if found.pop("arch", arch) != arch:  # a relative, which has no place for some of it
+            found = {key: value for key, value in found.items() if key in fields_of(cls)}
     preset: Mapping[str, Any] | None = None
     if model_type is None:  # what was found out wins over a preset that nobody asked for
         model_type = _fitting_preset(cls, found)
@@ -291,6 +298,11 @@ def _foreign_config(
     if device.type == "cpu":
         overrides = {**cls.on_cpu, **overrides}
     return _config(cls, arch, model_type, found, overrides, preset)
+
+
+def fields_of(cls: type[BlipModel]) -> set[str]:
+    """Keys of the section `model` that a model has."""
+    return {part.name for part in fields(cls.config_class)}
 
 
 def _fitting_preset(cls: type[BlipModel], found: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder in which InstructBLIP's processor keeps the Q-Former's tokenizer."""
+
+
+IMAGE_TOKEN = "image_token"
+"""Beside the values of a configuration: id that stands for a soft token in their texts."""
 
 
 def generation_values(config: Any) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def _values(config: Any) -> dict[str, Any]:
         "prompt": "",
         "beam_lengths": "new",
         "llm_model": None,
+        IMAGE_TOKEN: getattr(config, "image_token_index", None),
         "llm": {
             "sizes": {"model_type": text.model_type, **sizes},
             "half": "bf16" if text.model_type == "t5" else "fp16",
@@ -201,6 +206,45 @@ def _image_token(llm: Any) -> int:
 
 def _rows(llm: Any) -> int:
     return int(llm.model.get_input_embeddings().weight.shape[0])
+
+
+def without_image_rows(
+    values: Mapping[str, Any], tensors: Mapping[str, Tensor], image_token: int | None
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """Undo `with_image_row`: a language model that has no row for soft tokens gets its own rows back.
+
+    Args:
+        values: of our configuration.
+        tensors: by our names.
+        image_token: what `IMAGE_TOKEN` says; if all rows from there on are copies of the padding's, they go.
+    """
+    sizes = dict(values.get("llm", {}).get("sizes", {}))
+    rows, pad = sizes.get("vocab_size"), sizes.get("pad_token_id")
+    if image_token is None or rows is None or pad is None or not pad < image_token < rows:
+        return dict(values), tensors
+    long = [n for n in tensors if n.startswith("llm.model.") and tensors[n].shape[:1] == (rows,)]
+    added = [bool((tensors[n][image_token:] == tensors[n][pad]).all()) for n in long]
+    if not long or not all(added):
+        return dict(values), tensors
+    sizes["vocab_size"] = image_token
+    return {**values, "llm": {**values["llm"], "sizes": sizes}}, _Cut(tensors, set(long), image_token)
+
+
+class _Cut(Mapping[str, Tensor]):
+    """Weights, some of them with fewer rows."""
+
+    def __init__(self, state: Mapping[str, Tensor], names: set[str], rows: int) -> None:
+        self._state, self._names, self._rows = state, names, rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._state[name]
+        return tensor[: self._rows] if name in self._names else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def with_image_row(theirs: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from blip.config.files import read_yaml
 from blip.errors import CheckpointError, brief
 from blip.formats import hf, lavis
 from blip.formats.hf_config import read_folder
-from blip.formats.rules import Omit, Table
+from blip.formats.hf_llm import IMAGE_TOKEN
+from blip.formats.rules import Line, Omit, Table
 from blip.weights import CHECKPOINT_FOLDER, MODEL_FOLDER, find_weights
 
 HUB_FILES = ("*.json", "*.txt", "*.safetensors")
@@ -40,6 +41,10 @@ class Source:
     """Whether the values are of our own making, and so complete."""
     processors: dict[str, Any] | None = None
     """`vis_processor` and `text_processor` of the run or model."""
+    absent: list[str] = field(default_factory=list)
+    """Names that the weights lack, and a model need not get from them."""
+    image_token: int | None = None
+    """Of Hugging Face's models with a language model: id that stands for a soft token."""
     data_root: str | None = None
     """`run.data_root` of the run: frozen weights may lie there."""
 
@@ -53,6 +58,8 @@ class Recognised(NamedTuple):
     """Each made when it is asked for."""
     absent: list[str]
     """Patterns of our names that their layout has no place for."""
+    report: Sequence[Line] = ()
+    """What became of their keys; empty where they bear our names already."""
 
 
 def open_source(source: str | Path) -> Source:
@@ -137,7 +144,7 @@ def recognise(
             failures.append(error)
             continue
         omitted = [re.sub(r"\{\w+\}", "*", r.ours) for r in table.rules if isinstance(r, Omit)]
-        return Recognised(other, ours, omitted)
+        return Recognised(other, ours, omitted, ours.report)
     nearest = min(failures, key=lambda error: len(str(error)))  # the one with the fewest names to complain of
     raise CheckpointError(f"{name}: {nearest}") from nearest
 
@@ -195,8 +202,11 @@ def _read_json(found: Source, file: Path) -> None:
             raise CheckpointError(f"'{file}' has no section 'config'; write it again with save_pretrained")
         found.values, found.own = dict(content["config"]), True
         found.processors = _processors(content.get("processors"))
+        absent = content.get("absent")
+        found.absent = [str(name) for name in absent] if isinstance(absent, list) else []
     elif architectures:
         arch, values = read_folder(file.parent, architectures)
+        found.image_token = values.pop(IMAGE_TOKEN, None)
         found.values = {"arch": arch, **values}
 
 

@@ -330,17 +330,20 @@ class BlipModel(nn.Module):
         named = (name for name in MODELS.names() if MODELS.get(name) is type(self))
         return str(self.config.arch or next(named, ""))
 
-    def describe(self, folder: Path, frozen: Mapping[str, str]) -> None:
+    def describe(self, folder: Path, frozen: Mapping[str, str], absent: Collection[str] = ()) -> None:
         """Write the `config.json` that belongs to a folder of weights.
 
         Args:
             folder: must exist.
             frozen: parts that the weights leave out: state-dict prefix -> where they come from.
+            absent: names that the weights lack since the layout they came from has no place for them; they
+                begin as in a new model.
         """
         description = {
             "format": FORMAT,
             "config": {**asdict(self.config), "arch": self._arch()},
             "frozen_parts": dict(frozen),
+            **({"absent": sorted(absent)} if absent else {}),
             "processors": self.processors,
         }
         atomic.write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")

@@ -7,6 +7,7 @@ cut and where the padding goes is decided here, so that a tokenizer's own settin
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -24,6 +25,7 @@ from blip.models.vision import find_file
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 """What SentencePiece's own file is called."""
+_IMAGE = "<image>"
 Kind = Literal["causal", "seq2seq"]
 Side = Literal["left", "right"]
 _NAMES = {
@@ -342,13 +344,26 @@ def _load(source: str, data_root: str | Path | None) -> Any:
             name = str(alone)
         if name.endswith(".json"):
             return _bare(PreTrainedTokenizerFast, name)
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        return _without_image(AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
     except Exception as error:  # tokenizers raises plain Exception, the hub client errors of many packages
         raise ConfigError(
             f"model.llm.tokenizer: no tokenizer {source!r} on disk, in the Hugging Face cache or on its hub"
             f" ({type(error).__name__}: {brief(error)}); give a folder or a tokenizer.json, or"
             f" '{EMBEDDED}' for the embedded one{_needed(source, data_root)}"
         ) from error
+
+
+def _without_image(tokenizer: Any) -> Any:
+    """Take off the last token, if it is what transformers' BLIP-2 writes in place of soft tokens.
+
+    There is none in our ids, nor a row for it in most language models.
+    """
+    if len(tokenizer) - 1 != tokenizer.get_added_vocab().get(_IMAGE) or not tokenizer.is_fast:
+        return tokenizer
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != _IMAGE]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return tokenizer
 
 
 def _needed(source: str, data_root: str | Path | None) -> str:
