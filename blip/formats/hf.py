@@ -138,6 +138,18 @@ BLIP_TRAINED_RETRIEVAL = Table(
     [*BLIP_RETRIEVAL.rules, *_TRAINING_STATE],
     needs=BLIP_RETRIEVAL.needs,
 )
+BLIP_DUAL = Table(
+    "Hugging Face weights of BlipModel",
+    [
+        *_blip_tower(),
+        *bert.text("text_model", "text", numbered=False),
+        *expand([Rename("text_model.pooler.dense.{part}", "pooler.{part}")], part=bert.PARTS),
+        Rename("visual_projection.weight", "vision_proj.weight"),
+        Rename("text_projection.weight", "text_proj.weight"),
+        Rename("logit_scale", "logit_scale"),
+    ],
+    needs=["text_model.", "visual_projection."],
+)
 BLIP_CAPTION = Table(
     "Hugging Face weights of BlipForConditionalGeneration",
     [*_blip_tower(), *_blip_decoder("text")],
@@ -159,6 +171,7 @@ TABLES = {
     "blip_retrieval": BLIP_TRAINED_RETRIEVAL,
     "blip_caption": BLIP_CAPTION,
     "blip_vqa": BLIP_VQA,
+    "blip_dual_encoder": BLIP_DUAL,
 }
 
 

@@ -97,6 +97,11 @@ def retrieval_values(config: Any) -> dict[str, Any]:
     return {**_values(config, 35), "embed_dim": config.image_text_hidden_size, "itm_token": "cls"}
 
 
+def dual_values(config: Any) -> dict[str, Any]:
+    """Values of `blip_dual_encoder`."""
+    return {**_values(config, 35), "embed_dim": config.projection_dim}
+
+
 def caption_values(config: Any) -> dict[str, Any]:
     """Values of `blip_caption`; transformers adds no prompt."""
     return {**_decoder_values(config, 40), "prompt": ""}
@@ -156,6 +161,15 @@ def build_caption(config: Any, model: Any) -> Any:
     from transformers import BlipForConditionalGeneration
 
     return BlipForConditionalGeneration(_config(config, model, "BlipForConditionalGeneration"))
+
+
+def build_dual(config: Any, model: Any) -> Any:
+    """BlipModel."""
+    from transformers import BlipModel
+
+    theirs = _config(config, model, "BlipModel")
+    theirs.projection_dim = config.embed_dim
+    return BlipModel(theirs)
 
 
 def build_vqa(config: Any, model: Any) -> Any:

@@ -94,6 +94,7 @@ CLASSES = {
     "BlipForConditionalGeneration": HfModel(
         "blip_caption", hf_blip.caption_values, hf_blip.build_caption, explicit=EXPLICIT
     ),
+    "BlipModel": HfModel("blip_dual_encoder", hf_blip.dual_values, hf_blip.build_dual, explicit=EXPLICIT),
     "BlipForQuestionAnswering": HfModel("blip_vqa", hf_blip.vqa_values, hf_blip.build_vqa, explicit=EXPLICIT),
 }
 """Class of transformers -> what it is here."""

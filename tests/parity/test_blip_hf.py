@@ -15,6 +15,7 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
+    BlipModel,
     BlipTextConfig,
     BlipVisionConfig,
 )
@@ -58,7 +59,7 @@ def make(their_class: Any, tower_width: int = 48) -> Any:
         label_smoothing=SMOOTHING,
     )
     model = their_class(
-        BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=EMBED)
+        BlipConfig(vision_config=vision, text_config=text, image_text_hidden_size=EMBED, projection_dim=EMBED)
     ).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -143,6 +144,41 @@ def test_cosines_are_those_of_transformers(retrieval: tuple[Any, Any]) -> None:
     ).itm_score
     found = ours({"image": images(), "text_ids": ids, "text_mask": mask}, match_head="itc")
     torch.testing.assert_close(found, expected, **CLOSE)
+
+
+# The dual encoder
+
+
+def test_the_contrast_of_a_dual_encoder_is_that_of_transformers(tmp_path: Path) -> None:
+    theirs = make(BlipModel)
+    ours = convert(theirs, tmp_path)
+    assert ours.config.arch == "blip_dual_encoder"
+    ids, mask = texts(2, [7, 3, 5])
+    inputs = {"pixel_values": images(), "input_ids": ids, "attention_mask": mask.long()}
+    expected = theirs(**inputs, return_loss=True)
+    batch = {"image": images(), "text_ids": ids, "text_mask": mask}
+    found = ours(batch)
+    for name in ("loss", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
+        torch.testing.assert_close(found[name], expected[name], **CLOSE)
+    expected.loss.backward()
+    found.loss.backward()
+    given = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    rows = hf.table("blip_dual_encoder").to_theirs(
+        {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    )
+    assert rows.state.keys() == given.keys()
+    for name, grad in given.items():
+        torch.testing.assert_close(rows.state[name], grad, atol=1e-5, rtol=1e-4, msg=name)
+    with torch.no_grad():
+        image = theirs.get_image_features(images()).pooler_output
+        text = theirs.get_text_features(ids, mask.long()).pooler_output
+        both = theirs.get_multimodal_features(ids, images(), mask.long())
+    torch.testing.assert_close(ours.image_feats(batch), image, **CLOSE)
+    torch.testing.assert_close(ours.text_feats(batch), text, **CLOSE)
+    found = ours.extract_features(batch, mode="multimodal")
+    torch.testing.assert_close(found.multimodal_embeds[:, 0], both, **CLOSE)
+    back = to_model("blip_dual_encoder", ours).state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in theirs.state_dict().items())
 
 
 # Captioning

@@ -58,7 +58,9 @@ def small(arch: str) -> Any:
     if arch in BLIP_KINDS:
         more: dict[str, Any] = {"tokenizer": "scenes", "vocab_size": None}
         if arch == "blip_vqa":  # transformers' has a tower as wide as its text transformer
-            more["vit"] = VisionConfig(patch_size=8, width=16, depth=2, heads=2, mlp_dim=20)
+            more["vit"] = VisionConfig(
+                vit_model="vit_base", patch_size=8, width=16, depth=2, heads=2, mlp_dim=20
+            )
         model = small_blip(BLIP_KINDS[arch], **more)
     elif arch in STAGE1:
         model = blip.load_model(arch, pretrained=False, **STAGE1_SIZES)
