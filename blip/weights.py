@@ -27,6 +27,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_ENDING = ".index.json"
 MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
+GIVEN = "blip-given-"
+"""Start of the names of folders that hold tokenizers which were given as objects, while a process lasts."""
 ALIASES = "aliases"
 """Metadata key: JSON of name -> name of the tensor it is another name for."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import to_model
 from blip.formats.hf_llm import without_image_rows
 from blip.formats.load import fill
+from blip.formats.objects import as_values
 from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
 from blip.models.base import BlipModel
 from blip.registry import MODELS
@@ -98,7 +99,9 @@ def from_pretrained(
         is_eval: set evaluation mode.
         arch: registry name; None: the one that is saved with the weights, else recognised by their names.
         model_type: preset for weights without a configuration; None: the one that fits their sizes.
-        **overrides: configuration values that win over what comes with the weights.
+        **overrides: configuration values that win over what comes with the weights, sections as
+            dictionaries; a configuration of transformers may stand for `llm_model` and `llm["sizes"]`, a
+            tokenizer, or its folder, for `tokenizer` and `llm["tokenizer"]`.
 
     Raises:
         CheckpointError: missing or unreadable, of no known model, or of other sizes.
@@ -194,11 +197,10 @@ def _config(
     preset: Mapping[str, Any] | None = None,
 ) -> Any:
     """What came with the weights (`found`), over it the preset, over it the overrides."""
-    given = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in overrides.items()}
     layers: dict[str, Mapping[str, Any]] = {
         "saved with the weights": found,
         f"preset {arch}/{model_type}": cls.presets.get(model_type, {}) if preset is None else preset,
-        "argument": {**given, "arch": arch, "model_type": model_type},
+        "argument": {**as_values(overrides), "arch": arch, "model_type": model_type},
     }
     return typed_section(cls.config_class, layers)
 

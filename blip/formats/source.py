@@ -200,7 +200,7 @@ def _read_json(found: Source, file: Path) -> None:
     if content.get("format") == "blip":
         if not isinstance(content.get("config"), dict):
             raise CheckpointError(f"'{file}' has no section 'config'; write it again with save_pretrained")
-        found.values, found.own = dict(content["config"]), True
+        found.values, found.own = _beside(file.parent, content["config"]), True
         found.processors = _processors(content.get("processors"))
         absent = content.get("absent")
         found.absent = [str(name) for name in absent] if isinstance(absent, list) else []
@@ -208,6 +208,17 @@ def _read_json(found: Source, file: Path) -> None:
         arch, values = read_folder(file.parent, architectures)
         found.image_token = values.pop(IMAGE_TOKEN, None)
         found.values = {"arch": arch, **values}
+
+
+def _beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the places of the tokenizers that lie in the folder."""
+    found = dict(values)
+    llm = found.get("llm")
+    found |= {"llm": dict(llm)} if isinstance(llm, dict) else {}
+    for section, name in ((found, "./tokenizer"), (found.get("llm"), "./llm_tokenizer")):
+        if isinstance(section, dict) and section.get("tokenizer") == name:
+            section["tokenizer"] = str(folder / name)
+    return found
 
 
 def _is_run(place: Path, folder: Path) -> bool:

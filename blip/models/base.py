@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -21,7 +22,7 @@ from blip.models.card import card
 from blip.models.tokenizer import DEC, WordPieces
 from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
-from blip.weights import save_safetensors
+from blip.weights import GIVEN, save_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -339,9 +340,15 @@ class BlipModel(nn.Module):
             absent: names that the weights lack since the layout they came from has no place for them; they
                 begin as in a new model.
         """
+        config = {**asdict(self.config), "arch": self._arch()}
+        for section, name in ((config, "tokenizer"), (config.get("llm") or {}, "llm_tokenizer")):
+            place = section.get("tokenizer")
+            if place is not None and Path(place).name.startswith(GIVEN):  # it goes when this process ends
+                shutil.copytree(place, folder / name, dirs_exist_ok=True)
+                section["tokenizer"] = f"./{name}"
         description = {
             "format": FORMAT,
-            "config": {**asdict(self.config), "arch": self._arch()},
+            "config": config,
             "frozen_parts": dict(frozen),
             **({"absent": sorted(absent)} if absent else {}),
             "processors": self.processors,
