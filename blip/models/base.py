@@ -246,6 +246,9 @@ class BlipModel(nn.Module):
     def after_step(self, outputs: Sequence[Output]) -> None:
         """Told after a successful optimizer step: momentum twin, queues, temperature."""
 
+    def begin_anew(self, names: Collection[str]) -> None:
+        """Told which tensors keep the values they start with, when all others were loaded."""
+
     def begin(self) -> None:
         """Told when a run starts from weights of another one, not when it is continued."""
 

@@ -65,6 +65,9 @@ class Blip2LlmConfig(Blip2Config):
     prompt: str = ""
     """What a text begins with: put before what is to be generated, and no target in training. With a place
     `{}`: what questions stand in."""
+    soft_tokens: Literal["linear", "words"] = "linear"
+    """How large soft tokens are before training: `linear`, as torch's linear layer makes them (LAVIS); or
+    `words`, as large as the language model's word embeddings, which some read much sooner."""
     qformer_text_input: bool = False
     """Let the Q-Former read the question or instruction beside its queries, too."""
     max_output_txt_len: int | None = None
@@ -456,12 +459,31 @@ class Blip2Llm(Blip2Base):
 
     def load_parts(self, data_root: str | Path | None = None) -> list[str]:
         """Load tower, the Q-Former's text side and language model from where the configuration says."""
-        return [*super().load_parts(data_root), *self._load_llm(data_root)]
+        report = [*super().load_parts(data_root), *self._load_llm(data_root)]
+        self.begin_anew(["llm_proj.weight"])
+        return report
 
     def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:
         """Load tower and language model, whichever is wanted."""
         lines = super().load_frozen(prefixes, data_root)
         return [*lines, *(self._load_llm(data_root) if LLM in prefixes else [])]
+
+    def begin_anew(self, names: Collection[str]) -> None:
+        """A new projection gives soft tokens the size that `soft_tokens` asks for."""
+        if "llm_proj.weight" in names and self.config.soft_tokens == "words":
+            self._fit_projection()
+
+    @torch.no_grad()
+    def _fit_projection(self) -> None:
+        """Scale the projection: queries, which the last norm has made, become as large as words."""
+        self.llm.to(self.device)  # until then one that is known by its name may have no values
+        words = self.llm.model.get_input_embeddings().weight
+        projection, norm = self.llm_proj, self.qformer.blocks()[-1].query_ffn.norm
+        spread = projection.weight.square() @ (norm.weight.square() + norm.bias.square())
+        size = (spread + projection.bias.square()).mean().sqrt()
+        scale = words.float().square().mean().sqrt().to(size.device) / size
+        projection.weight.mul_(scale)
+        projection.bias.mul_(scale)
 
     def _load_llm(self, data_root: str | Path | None) -> list[str]:
         return self.llm.load_initial(data_root) if self.config.load_llm else []

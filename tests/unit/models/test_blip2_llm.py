@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from blip.build import build_model
 from blip.config.typed import typed_section
 from blip.errors import DataError, UsageError
+from blip.formats.load import load_any
 from blip.models.prompts import split_text, without
 from blip.registry import MODELS
+from blip.weights import save_safetensors
 from tests.reference.small_stage2 import (
     ANSWERS,
     CAPTIONS,
@@ -385,3 +388,33 @@ def test_layers_of_the_language_model_are_recomputed_where_asked(kind: str) -> N
     assert "llm_proj.weight" in plain
     assert plain.keys() == again.keys()
     assert all(torch.equal(again[name], grad) for name, grad in plain.items())
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_soft_tokens_may_begin_as_large_as_words(kind: str, tmp_path: Path) -> None:
+    """Where the projection is new: in a new model, and in one that starts from stage 1, not from stage 2."""
+
+    def size(model: Any) -> float:
+        return float(model.eval().soft_tokens({"image": pictures()}).square().mean().sqrt())
+
+    def start(scale: str, source: Path | None = None) -> Any:
+        model = small_stage2(kind, soft_tokens=scale)
+        with torch.no_grad():  # words of another size than what torch gives a linear layer
+            model.llm.model.get_input_embeddings().weight.mul_(0.05)
+        if source is None:
+            model.load_parts()
+        else:
+            load_any(model, source)
+        return model
+
+    with torch.no_grad():
+        plain, fitted = start("linear"), start("words")
+        words = float(fitted.llm.model.get_input_embeddings().weight.square().mean().sqrt())
+        assert size(fitted) == pytest.approx(words, rel=0.3)
+        assert size(plain) > 2 * words
+        stage1 = {n: t for n, t in plain.state_dict().items() if not n.startswith(("llm_proj.", "llm."))}
+        stage1["temp"] = torch.tensor(0.07)
+        save_safetensors(stage1, tmp_path / "stage1.safetensors")
+        assert size(start("words", tmp_path / "stage1.safetensors")) == pytest.approx(words, rel=0.3)
+        save_safetensors(plain.state_dict(), tmp_path / "stage2.safetensors")
+        assert size(start("words", tmp_path / "stage2.safetensors")) == pytest.approx(size(plain), rel=1e-5)
