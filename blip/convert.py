@@ -12,7 +12,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,6 +30,8 @@ from blip.formats.load import FROZEN_KEYS, fill
 from blip.formats.rules import Line
 from blip.formats.source import Recognised, Source, left_out, open_source
 from blip.models.base import BlipModel
+from blip.models.blip2_llm import LLM
+from blip.models.llm_tokenizer import locate
 from blip.models.vision import DTYPES
 from blip.weights import StoredWeights, matches, save_shards, some
 from blip.zoo import Known, identify, load_frozen, load_preprocess
@@ -99,14 +101,21 @@ def convert(
     name, state = known.config.arch, known.weights.tensors
     lines = list(known.weights.report)
     absent = left_out(state, model.freezable)
+    opened = [stored]
     if absent and (frozen == "copy" or to == "hf"):
-        state = _Joined([state, *(_fetched(model, prefix, found) for prefix in absent)])
+        state = _Joined([state, *(_fetched(model, prefix, found, opened) for prefix in absent)])
         absent = []
+
+    def release() -> None:
+        for weights in opened:
+            weights.release()
+
     places = {prefix: _origin(model, prefix, found) for prefix in absent}
     notes += [f"{prefix.rstrip('.')} is referred to: {where}" for prefix, where in places.items()]
-    stored.release()
+    release()
+    _make_room(place.parent if to == "lavis" else place)
     if to == "blip":
-        files = save_shards(state, place, shard_bytes, stored.release)
+        files = save_shards(state, place, shard_bytes, release)
         model.describe(place, places, lacking)
         return Conversion(name, files, lines or [Line((k,), (k,), "the same") for k in state], notes)
     table = hf.table(name) if to == "hf" else lavis.table(name, _variant(known.config))
@@ -115,7 +124,7 @@ def convert(
         files = _write_lavis(theirs, place)
     else:
         picture = _picture(model)
-        files, more = write_folder(name, model, theirs, place, shard_bytes, stored.release, picture)
+        files, more = write_folder(name, model, theirs, place, shard_bytes, release, picture)
         notes += more
     return Conversion(name, files, _through(lines, theirs.report), notes)
 
@@ -140,8 +149,19 @@ def _picture(model: BlipModel) -> Picture:
     return Picture(model.config.image_size, mean, std)
 
 
-def _fetched(model: BlipModel, prefix: str, found: Source) -> Mapping[str, Tensor]:
-    """A frozen part from where it lies, by our names."""
+def _fetched(
+    model: BlipModel, prefix: str, found: Source, opened: list[StoredWeights]
+) -> Mapping[str, Tensor]:
+    """A frozen part from where it lies, by our names; files that are read bit by bit join `opened`."""
+    if prefix == LLM:
+        for root in (found.data_root, None):
+            place = Path(locate(model.config.llm_model, root).name) if model.config.llm_model else None
+            if place is not None and place.is_dir() and (kept := _stored_llm(model, place)):
+                opened.append(kept.stored)
+                return kept
+        load_frozen(model, prefix, found)
+        model.llm.cpu()
+        return {prefix + key: tensor for key, tensor in model.llm.model.state_dict().items()}
     part = model.get_submodule(prefix.rstrip("."))
     part.to_empty(device="cpu")
     load_frozen(model, prefix, found)
@@ -165,6 +185,43 @@ def _origin(model: BlipModel, prefix: str, found: Source) -> str:
     return str(where)
 
 
+class _StoredLlm(Mapping[str, Tensor]):
+    """A language model's tensors by our names, from the folder that transformers reads it from."""
+
+    def __init__(self, stored: StoredWeights, names: dict[str, str]) -> None:
+        self.stored, self._names = stored, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _stored_llm(model: BlipModel, folder: Path) -> _StoredLlm | None:
+    """What a folder holds of the language model; None where transformers has to change some of it."""
+    try:
+        stored = StoredWeights(folder)
+    except CheckpointError:
+        return None
+    llm = model.llm.model
+    base = f"{llm.base_model_prefix}."
+    first: dict[int, str] = {}
+    shared = {n: first.setdefault(id(p), n) for n, p in llm.named_parameters(remove_duplicate=False)}
+    names: dict[str, str] = {}
+    for name, wanted in llm.state_dict().items():
+        same = [name, shared.get(name, name)]
+        spelled = [s for n in same for s in (n, n.removeprefix(base), base + n)]
+        place = next((s for s in spelled if s in stored and stored[s].shape == wanted.shape), None)
+        if place is None:
+            return None
+        names[LLM + name] = place
+    return _StoredLlm(stored, names)
+
+
 class _Joined(Mapping[str, Tensor]):
     """Several mappings as one; names are in one of them each."""
 
@@ -174,7 +231,7 @@ class _Joined(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._of[name][name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 
     def __len__(self) -> int:
@@ -190,10 +247,13 @@ def _check_target(place: Path, to: str) -> None:
         raise UsageError(f"'{place}': this layout is a folder of weights and configuration; give a folder")
     if (place.is_dir() and any(place.iterdir())) or (place.exists() and not place.is_dir()):
         raise UsageError(f"'{place}' is there already; remove it, or give another name")
+
+
+def _make_room(folder: Path) -> None:
     try:
-        (place.parent if to == "lavis" else place).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot write to '{place}': {error.strerror or error}") from error
+        raise CheckpointError(f"cannot write to '{folder}': {error.strerror or error}") from error
 
 
 def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str], list[str]]:

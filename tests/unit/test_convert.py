@@ -162,7 +162,7 @@ def test_a_key_that_nobody_knows_is_named(stage1: Path, tmp_path: Path) -> None:
     torch.save({"model": state}, tmp_path / "y.pth")
     with pytest.raises(CheckpointError, match=r"Qformer\.bert\.pooler\.dense\.weight"):
         convert(tmp_path / "y.pth", tmp_path / "z", "blip", **STAGE1_SIZES)
-    assert not list((tmp_path / "z").iterdir())
+    assert not (tmp_path / "z").exists()
 
 
 def test_a_part_that_is_referred_to_and_copied(tmp_path: Path) -> None:
