@@ -53,16 +53,18 @@ def test_instruction_tuning_is_compared_over_seeds_and_goes_on_where_it_was(tmp_
     _, calls = compare(tmp_path, "run.max_iters=7", code=3, FAILS="decoder-blind-2")
     printed, again = compare(tmp_path, "run.max_iters=7")
     out = tmp_path / "out"
-    assert calls[1] == (
-        f"-m blip.train --cfg tiny/pretrain_stage1.yaml run.output_dir={out}/stage1 run.resume=auto"
-    )
-    assert calls[2] == (
-        f"-m blip.train --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage1"
-        f" model.llm_model=llm/scenes-decoder-instruct model.qformer_text_input=true model.max_txt_len=40"
-        f" run.output_dir={out}/stage2-decoder run.resume=auto"
-    )
-    cached = f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage2-decoder"
-    assert calls[3].startswith(cached)
+    tower, stored = f"model.vit_init_from={out}/tower", f"datasets.scenes.features={out}/features/scenes"
+    untrained = "model.vit_train_steps=0 model.vit_train_objectives=[itc, itm, lm]"
+    assert calls[1:5] == [
+        f"-m blip.train --cfg tiny/blip_tower.yaml run.output_dir={out}/tower run.resume=auto",
+        f"-m blip.cache_features --cfg tiny/pretrain_stage1.yaml {tower} {untrained}"
+        f" run.output_dir={out}/features",
+        f"-m blip.train --cfg tiny/pretrain_stage1.yaml {tower} {stored} {untrained} run.max_iters=500"
+        f" run.warmup_steps=100 run.warmup_lr=0 run.output_dir={out}/stage1 run.resume=auto",
+        f"-m blip.train --cfg tiny/pretrain_stage2.yaml {tower} {stored} model.init_from={out}/stage1"
+        " model.llm_model=llm/scenes-decoder-instruct model.qformer_text_input=true model.max_txt_len=40"
+        f" run.output_dir={out}/stage2-decoder-instruct run.resume=auto",
+    ]
     trained = [line for line in again if "tiny/instruct.yaml" in line]
     order = [f"{name}-{seed}" for name in ("instructed", "blind", "uniform") for seed in (1, 2)]
     begun = [*order[:4], *order[3:]]  # the one that failed, twice
@@ -73,19 +75,26 @@ def test_instruction_tuning_is_compared_over_seeds_and_goes_on_where_it_was(tmp_
         assert ("model.qformer_text_input=false" in line) == name.startswith("blind")
         assert ("run.sampling=uniform" in line) == name.startswith("uniform")
         assert f"run.seed={name[-1]} " in line
+        assert f"model.init_from={out}/stage2-decoder-instruct " in line
+        assert f"{tower} " in line
         assert "run.max_iters=7" in line
         assert line.count(f"features={out}/features/scenes") == len(DATASETS)
     [row] = [line.split() for line in printed.splitlines() if line.startswith("held_out_data")]
     assert row == ["held_out_data/acc", *["55.0", "±", "7.1"] * 3]
 
 
-def test_it_starts_from_another_run_and_refuses_an_unknown_language_model(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "--start", str(tmp_path / "mine"), "--llm", "encoder-decoder")
-    assert not any("--cfg tiny/pretrain" in line and "blip.train" in line for line in calls)
-    assert calls[-1].count(f"model.init_from={tmp_path / 'mine'} ") == 1
+def test_an_encoder_decoder_has_its_own_runs_and_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    _, calls = compare(tmp_path, "--llm", "encoder-decoder")
+    assert any("--cfg tiny/pretrain_stage2_t5.yaml" in line for line in calls)
+    assert f"model.init_from={tmp_path / 'out'}/stage2-encoder-decoder-instruct " in calls[-1]
     assert "model.llm_model=llm/scenes-encoder-decoder-instruct " in calls[-1]
     printed, _ = compare(tmp_path, "--llm", "gpt", code=2)
     assert "error: --llm gpt: choose decoder or encoder-decoder" in printed
+
+
+def test_a_tower_that_fails_stops_the_language_model_beside_it(tmp_path: Path) -> None:
+    _, calls = compare(tmp_path, code=3, FAILS="tower")
+    assert len(calls) == 2
 
 
 def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path) -> None:
