@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from blip.config.load import load_config
 from blip.config.schema import SectionError
@@ -174,6 +175,24 @@ def test_a_missing_bert_is_named_by_its_key(tmp_path: Path, monkeypatch: pytest.
     model = Blip2Qformer.from_preset("pretrain", **sizes, vit_init_from=None)
     with pytest.raises(ConfigError, match=r"^model\.qformer\.init_from: no BERT-like model 'no-such-bert'"):
         model.load_parts()
+
+
+def test_queries_may_begin_as_words_of_the_bert(tmp_path: Path) -> None:
+    names = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=28, max_position_embeddings=32, **names)).save_pretrained(tmp_path)
+    qformer = {**SIZES["qformer"], "init_from": str(tmp_path), "query_init": "words"}
+    sizes = SIZES | {"qformer": qformer, "num_query_token": 5}
+    model = Blip2Qformer.from_preset("pretrain", **sizes, vit_init_from=None)
+    model.load_parts()
+    embedding, queries = model.qformer.embedding, model.qformer.query_tokens[0]
+    away = torch.cdist(queries - embedding.position.weight[1:6], embedding.word.weight)
+    assert (away.min(dim=1).values < 1e-3).all()  # others are some 0.1 away
+    first = queries.clone()
+    torch.manual_seed(1)
+    model.load_parts()
+    assert not torch.equal(model.qformer.query_tokens[0], first)
+    with pytest.raises(ConfigError, match=r"query_init: words are those of a BERT; set init_from"):
+        QFormer(QFormerConfig(query_init="words"), 2, 16, 30)
 
 
 @pytest.mark.parametrize("place", ["working directory", "data root", "BLIP_DATA", "data"])
