@@ -28,8 +28,8 @@ class QFormerConfig(BertConfig):
     section: ClassVar[str] = "model.qformer"
 
     query_init: Literal["random", "words"] = "random"
-    """What the queries begin as: `random` (LAVIS); or `words`, a text of words of `init_from`, drawn at random,
-    which a narrow BERT keeps apart, while random queries are soon all the same to it."""
+    """What the queries begin as: `random` (LAVIS); or `words`, words of `init_from`, drawn at random, which a
+    narrow BERT keeps apart, while random queries are soon all the same to it."""
 
     def problems(self) -> list[str]:
         """Sizes that cannot be built."""
