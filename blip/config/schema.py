@@ -241,8 +241,8 @@ class RunConfig(Section):
     lr_layer_decay: float = 1.0
     """Factor on the learning rate per vision block, from the last to the first."""
     lr_scales: dict[str, float] = field(default_factory=dict)
-    """Factor on the learning rate of parameters whose names begin so, such as {qformer: 0.1}; where several
-    fit, the longest decides."""
+    """Factor on the learning rate of parameters whose names begin so, such as {qformer: 0.1}; `*` stands for
+    anything, and where several fit, the longest decides."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this."""
     ema_decay: float | None = None

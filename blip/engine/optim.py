@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
 
 
 class _Scales:
-    """Factors of `run.lr_scales`: that of the longest beginning of a name, in whole parts."""
+    """Factors of `run.lr_scales`: that of the longest beginning of a name, in whole parts; `*` is any."""
 
     def __init__(self, factors: Mapping[str, float]) -> None:
         self.factors = dict(sorted(factors.items(), key=lambda item: -len(item[0])))
@@ -89,7 +90,7 @@ class _Scales:
 
     def __call__(self, name: str) -> float:
         for part, factor in self.factors.items():
-            if f"{name}.".startswith(f"{part}."):
+            if fnmatchcase(f"{name}.", f"{part}.*"):
                 self.unused.discard(part)
                 return factor
         return 1.0

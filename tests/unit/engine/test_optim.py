@@ -116,13 +116,15 @@ def test_layer_decay_changes_how_far_a_layer_moves() -> None:
 
 
 def test_a_part_may_have_a_rate_of_its_own() -> None:
-    settings = config(lr_scales={"vision": 0.5, "vision.1": 0.1, "temp": 2.0}, lr_layer_decay=0.5)
+    scales = {"vision": 0.5, "vision.1": 0.1, "temp": 2.0, "*.bias": 7.0}
+    settings = config(lr_scales=scales, lr_layer_decay=0.5)
     optimizer = build_optimizer(toy(), settings)
     Schedule(optimizer, settings, 100, 100)
     rates = {name: group["lr"] / 1e-4 for group in optimizer.param_groups for name in group["param_names"]}
     assert rates["vision.0.weight"] == pytest.approx(0.5 * 0.25)
     assert rates["vision.1.bias"] == pytest.approx(0.1 * 0.5)
     assert (rates["temp"], rates["word.weight"]) == pytest.approx((2.0, 1.0))
+    assert rates["norm.bias"] == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("part", ["visio", "frozen", "word.weights"])
