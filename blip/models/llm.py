@@ -78,6 +78,7 @@ class LanguageModel(nn.Module, ABC):
         self._sketch = llm_model is not None
         self._settled = False
         self._wanted_mode = True
+        self._before: Tensor | None = None
         # Before the model, so that parameters which it shares are known by these names.
         self.lora = nn.ParameterDict()
         """What is trained: parameters that the model has too, under names of their own."""
@@ -330,8 +331,10 @@ class LanguageModel(nn.Module, ABC):
         prefix = prefix.to(self.device, self.dtype)
         if not self.config.before:
             return prefix
-        ids = torch.tensor(self.tokenizer.raw([self.config.before])[0], device=self.device)
-        words = self.model.get_input_embeddings()(ids)
+        if self._before is None or self._before.device != self.device:  # else each step would wait
+            ids = self.tokenizer.raw([self.config.before])[0]
+            self._before = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        words = self.model.get_input_embeddings()(self._before)
         return torch.cat([words.expand(len(prefix), -1, -1), prefix], dim=1)
 
     def _check_length(self, length: int) -> None:

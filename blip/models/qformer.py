@@ -29,7 +29,7 @@ class QFormerConfig(BertConfig):
 
     query_init: Literal["random", "words"] = "random"
     """What the queries begin as: `random` (LAVIS); or `words`, words of `init_from`, drawn at random, which a
-    narrow BERT keeps apart, while random queries are soon all the same to it."""
+    narrow BERT keeps apart for longer: random queries are soon all the same to it."""
 
     def problems(self) -> list[str]:
         """Sizes that cannot be built."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from tests.e2e.runs import ROOT
 
@@ -13,14 +16,23 @@ DATASETS = ("scenes", "scenes_vqa", "detail", "locate", "refer", "compare")
 """That instruction tuning holds in."""
 # Leaves what a finished run does; fails before the run $FAILS.
 STAND_IN = """#!/usr/bin/env bash
-if [ "$1" != -m ]; then case $1 in *_table.py) exec "$REAL_PYTHON" "$@" ;; *) exit 0 ;; esac; fi
+if [ "$1" != -m ]; then
+  case $1 in *_table.py) exec "$REAL_PYTHON" "$@" ;; esac
+  [ -n "${READS:-}" ] || exit 0
+  trap 'touch "$READS/stopped"; exit' TERM
+  touch "$READS/begun"
+  while :; do sleep 0.05; done >/dev/null 2>&1
+fi
 echo "$*" >>"$CALLS"
 for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
 case "$2" in
   blip.cache_features) mkdir -p "$folder/scenes" && touch "$folder/scenes/features.json" && exit ;;
   blip.data) exit ;;
 esac
-if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
+if [ "${folder##*/}" = "${FAILS:-}" ]; then
+  while [ -n "${READS:-}" ] && [ ! -f "$READS/begun" ]; do sleep 0.05; done
+  exit 3
+fi
 mkdir -p "$folder/model"
 case $folder in *-1) acc=50.0 ;; *) acc=60.0 ;; esac
 echo '{"split": "test", "held_out_data/acc": '$acc', "held_out_data/type_vqa": 1.0, "CIDEr": 1.25}' \
@@ -93,8 +105,13 @@ def test_an_encoder_decoder_has_its_own_runs_and_an_unknown_model_is_refused(tmp
 
 
 def test_a_tower_that_fails_stops_the_language_model_beside_it(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, code=3, FAILS="tower")
+    _, calls = compare(tmp_path, code=3, FAILS="tower", READS=str(tmp_path))
     assert len(calls) == 2
+    for _ in range(200):
+        if (tmp_path / "stopped").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("the language model goes on")
 
 
 def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path) -> None:
