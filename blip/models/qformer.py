@@ -30,12 +30,17 @@ class QFormerConfig(BertConfig):
     query_init: Literal["random", "words"] = "random"
     """What the queries begin as: `random` (LAVIS); or `words`, words of `init_from`, drawn at random, which a
     narrow BERT keeps apart for longer: random queries are soon all the same to it."""
+    cross_init_std: float | None = None
+    """Standard deviation of cross-attention's initial query and key matrices; null: `init_std`. The larger,
+    the sharper it looks: queries that all see the mean of the picture become the same by what they see."""
 
     def problems(self) -> list[str]:
         """Sizes that cannot be built."""
         found = super().problems()
         if self.query_init == "words" and not self.init_from:
             found.append("query_init: words are those of a BERT; set init_from, or query_init to random")
+        if self.cross_init_std is not None and self.cross_init_std <= 0:
+            found.append(f"cross_init_std: {self.cross_init_std} is not above 0")
         return found
 
 
@@ -154,6 +159,10 @@ class QFormer(nn.Module):
             for i in range(config.depth)
         )
         init_bert(self, config.init_std)
+        if config.cross_init_std is not None:
+            for cross in (layer.cross_attn for layer in self.blocks() if layer.cross_attn is not None):
+                nn.init.normal_(cross.query.weight, std=config.cross_init_std)
+                nn.init.normal_(cross.key.weight, std=config.cross_init_std)
         nn.init.normal_(self.query_tokens, std=0.02)
         self.copy_text_ffn()
 

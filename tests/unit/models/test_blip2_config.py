@@ -15,7 +15,7 @@ from blip.config.schema import SectionError
 from blip.errors import CheckpointError, ConfigError
 from blip.models.blip2_config import Blip2QformerConfig
 from blip.models.blip2_qformer import Blip2Qformer
-from blip.models.qformer import QFormer, QFormerConfig
+from blip.models.qformer import QFormer, QFormerConfig, QFormerLayer
 from blip.models.vision import VisionConfig
 
 SIZES: dict[str, Any] = {
@@ -193,6 +193,26 @@ def test_queries_may_begin_as_words_of_the_bert(tmp_path: Path) -> None:
     assert not torch.equal(model.qformer.query_tokens[0], first)
     with pytest.raises(ConfigError, match=r"query_init: words are those of a BERT; set init_from"):
         QFormer(QFormerConfig(query_init="words"), 2, 16, 30)
+
+
+def test_cross_attention_may_begin_sharp() -> None:
+    def layers(**values: float) -> list[QFormerLayer]:
+        torch.manual_seed(0)
+        config = QFormerConfig(width=64, depth=2, num_heads=2, mlp_dim=64, max_positions=8, **values)
+        return QFormer(config, 2, 64, 30).blocks()
+
+    first, plain = layers(cross_init_std=0.5), layers()
+    assert first[1].cross_attn is None  # every second layer has one
+    sharp, dull = first[0].cross_attn, plain[0].cross_attn
+    assert sharp is not None
+    assert dull is not None
+    for name, std in {"query": 0.5, "key": 0.5, "value": 0.02, "out": 0.02}.items():
+        assert getattr(sharp, name).weight.std().item() == pytest.approx(std, rel=0.1), name
+        assert getattr(dull, name).weight.std().item() == pytest.approx(0.02, rel=0.1), name
+    own, known = (found[0].self_attn.query.weight for found in (first, plain))
+    assert own.std().item() == pytest.approx(known.std().item(), rel=0.1)
+    with pytest.raises(ConfigError, match=r"cross_init_std: 0 is not above 0"):
+        QFormer(QFormerConfig(cross_init_std=0), 2, 16, 30)
 
 
 @pytest.mark.parametrize("place", ["working directory", "data root", "BLIP_DATA", "data"])
