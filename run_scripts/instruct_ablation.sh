@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# InstructBLIP's ablation on the embedded pictures, hours on two CPU cores (not timed yet): instruction tuning on six
-# datasets by tiny/instruct.yaml, once as it is, once with a Q-Former that does not read the instruction, and once with
-# all datasets drawn equally often; each with three seeds. Prints the scores of what is held in and held out.
+# InstructBLIP's ablation on the embedded pictures: instruction tuning on six datasets by tiny/instruct.yaml, once as it
+# is, once with a Q-Former that does not read the instruction, and once with all datasets drawn equally often; each with
+# three seeds. A quarter of an hour of preparation on two CPU cores, then nine runs of five minutes on one core each.
+# Prints the scores of what is held in and held out.
 #
 #   bash run_scripts/instruct_ablation.sh [--output FOLDER] [--data FOLDER] [--llm decoder|encoder-decoder]
 #                                         [--seeds "1 2 3"] [key=value ...]
