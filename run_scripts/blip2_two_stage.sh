@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# BLIP-2's two stages on the embedded pictures, on two CPU cores: stage 1, stage 2 with a frozen language model that has
-# only read text, captions of the test pictures, and answers to questions that nobody has trained it for.
+# BLIP-2's two stages on the embedded pictures, on two CPU cores: a tower that has learned to see and a language model that
+# has only read text, both frozen from then on; stage 1, stage 2, captions of the test pictures, and answers to questions
+# that nobody has trained it for.
 #
 #   bash run_scripts/blip2_two_stage.sh [--output FOLDER] [--data FOLDER] [--llm decoder|encoder-decoder] [key=value ...]
 #
@@ -24,17 +25,15 @@ esac
 
 blip_ready
 "$python" -m blip.data make scenes ${scenes[@]+"${scenes[@]}"}
-"$python" run_scripts/tiny_llm.py --data "$data" --kind "$llm"
-blip_stage pretrain_stage1 tiny/pretrain_stage1.yaml "$output/stage1"
-blip_features "tiny/$recipe.yaml" "$output/features" model.init_from="$output/stage1" ${options[@]+"${options[@]}"}
-blip_stage "$recipe" "tiny/$recipe.yaml" "$output/stage2-$llm" model.init_from="$output/stage1" \
-  datasets.scenes.features="$output/features/scenes"
+blip_tiny_parts "$output/tower" --kind "$llm"
+blip_tiny_stage1 "$output"
+blip_stage "$recipe" "tiny/$recipe.yaml" "$output/stage2-$llm" "${shown[@]}" model.init_from="$output/stage1"
 answers=$output/vqa-$llm
 if [ ! -f "$answers/report.html" ]; then
   echo "== vqa_zeroshot_eval"
   mapfile -t built < <(blip_model_options)
   "$python" -m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml ${built[@]+"${built[@]}"} \
-    model.init_from="$output/stage2-$llm" model.llm_model="llm/scenes-$llm" \
+    model.vit_init_from="$output/tower" model.init_from="$output/stage2-$llm" model.llm_model="llm/scenes-$llm" \
     run.output_dir="$answers" run.overwrite=true
 fi
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: goes to the repository's root and gives `blip_env EXTRAS`; to those of several runs also
-# `blip_arguments`, `blip_ready`, `blip_laptop_ready`, `blip_features` and `blip_stage`.
+# `blip_arguments`, `blip_ready`, `blip_laptop_ready`, `blip_tiny_parts`, `blip_tiny_stage1`, `blip_features` and
+# `blip_stage`.
 
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -113,6 +114,33 @@ blip_laptop_ready() {
   fi
   blip_ready
   "$python" run_scripts/laptop_parts.py
+}
+
+# blip_tiny_parts TOWER [option ...]: what BLIP-2's tiny recipes keep frozen, of which nothing has to be learned at first:
+# small language models (options of tiny_llm.py) and a tower, which captions teach to see. Each takes half of the machine;
+# key=value are not for them.
+blip_tiny_parts() {
+  local tower=$1 given=(${options[@]+"${options[@]}"}) processes=$(((processes + 1) / 2)) launch=(-m blip.train) reading stopped
+  shift
+  [ "$processes" -lt 2 ] || launch=(-m torch.distributed.run --standalone --nproc_per_node="$processes" -m blip.train)
+  options=()
+  "$python" run_scripts/tiny_llm.py --data "$data" "$@" &
+  reading=$!
+  blip_stage tower tiny/blip_tower.yaml "$tower" || { stopped=$? && { kill "$reading" || true; } && exit "$stopped"; }
+  wait "$reading"
+  options=(${given[@]+"${given[@]}"})
+}
+
+# blip_tiny_stage1 OUTPUT: stage 1 before the tower OUTPUT/tower, which stays as it is. Sets shown, how all that follow see
+# the pictures: by what is written once.
+blip_tiny_stage1() {
+  local recipe=tiny/pretrain_stage1.yaml frozen
+  # Nothing is trained beforehand, so that all three losses are there from the beginning.
+  frozen=(model.vit_init_from="$1/tower" model.vit_train_steps=0 'model.vit_train_objectives=[itc, itm, lm]')
+  blip_features "$recipe" "$1/features" "${frozen[@]}" ${options[@]+"${options[@]}"}
+  shown=(model.vit_init_from="$1/tower" datasets.scenes.features="$1/features/scenes")
+  blip_stage pretrain_stage1 "$recipe" "$1/stage1" "${shown[@]}" "${frozen[@]:1}" \
+    run.max_iters=500 run.warmup_steps=100 run.warmup_lr=0
 }
 
 # The script that was started, whatever folder it was started from.

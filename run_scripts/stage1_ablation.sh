@@ -4,7 +4,7 @@
 # caption; Q-Former and language models are those of configs/tiny. Stage 2 is short, 400 steps of 64: after 1200 (tried
 # with one seed) a Q-Former that started at random has caught up on these simple pictures. With a decoder and with an
 # encoder-decoder, each with three seeds, of stage 1 too: on one core a stage 1 takes 12 minutes and a stage 2 three to
-# four, so all of it about an hour on two. Prints the scores of the test pictures' captions.
+# four, so all of it an hour or so on two. Prints the scores of the test pictures' captions.
 #
 #   bash run_scripts/stage1_ablation.sh [--output FOLDER] [--data FOLDER] [--llm "decoder encoder-decoder"]
 #                                       [--seeds "1 2 3"] [key=value ...]

@@ -240,6 +240,9 @@ class RunConfig(Section):
     """AdamW's epsilon."""
     lr_layer_decay: float = 1.0
     """Factor on the learning rate per vision block, from the last to the first."""
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    """Factor on the learning rate of parameters whose names begin so, such as {qformer: 0.1}; `*` stands for
+    anything, and where several fit, the longest decides."""
     max_grad_norm: float | None = None
     """Clip the global gradient norm to this."""
     ema_decay: float | None = None
@@ -305,6 +308,11 @@ class RunConfig(Section):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 found.append(f"{key}: {value} is not above 0")
+        for name, factor in self.lr_scales.items():
+            if factor <= 0:
+                found.append(
+                    f"lr_scales.{name}: {factor} is not above 0; model.freeze_vit and the like freeze"
+                )
         if self.monitor_mode not in ("max", "min"):
             found.append(f"monitor_mode: {self.monitor_mode!r} is unknown; choose max or min")
         if self.min_lr > self.init_lr:

@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blip.config.schema import RunConfig
-from blip.errors import CheckpointError, TrainingError
+from blip.errors import CheckpointError, ConfigError, TrainingError, hint
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +39,27 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that train now; those frozen from the start are left out.
 
     Groups differ in weight decay and in `lr_scale`, which `Schedule` multiplies every rate by; they and the
-    parameters in them are ordered by name, so a checkpoint fits whatever order a model was built in. With
-    `lr_layer_decay` the scale of a parameter is `model.lr_scale(name, decay)`.
+    parameters in them are ordered by name, so a checkpoint fits whatever order a model was built in. The
+    scale of a parameter is `model.lr_scale(name, lr_layer_decay)` times its factor of `lr_scales`.
 
     Raises:
         TrainingError: the model has no trainable parameter.
+        ConfigError: `lr_scales` names none that trains.
     """
     lr_scale: Callable[[str, float], float] | None = getattr(model, "lr_scale", None)
     groups: dict[tuple[float, bool], list[tuple[str, nn.Parameter]]] = {}
+    of_parts = _Scales(config.lr_scales)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            scale = (
-                lr_scale(name, config.lr_layer_decay) if lr_scale and config.lr_layer_decay != 1.0 else 1.0
-            )
+            scale = of_parts(name)
+            if lr_scale and config.lr_layer_decay != 1.0:
+                scale *= lr_scale(name, config.lr_layer_decay)
             groups.setdefault((scale, decays(name, parameter)), []).append((name, parameter))
     if not groups:
         raise TrainingError(
             "the model has no trainable parameter; unfreeze a part of it, or set run.evaluate: true"
         )
+    of_parts.check(sorted({name.split(".")[0] for members in groups.values() for name, _ in members}))
     kinds = {parameter.device.type for group in groups.values() for _, parameter in group}
     optimizer = torch.optim.AdamW(
         [
@@ -75,6 +79,28 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     )
     optimizer.register_load_state_dict_pre_hook(_keep_settings)
     return optimizer
+
+
+class _Scales:
+    """Factors of `run.lr_scales`: that of the longest beginning of a name, in whole parts; `*` is any."""
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        self.factors = dict(sorted(factors.items(), key=lambda item: -len(item[0])))
+        self.unused = set(factors)
+
+    def __call__(self, name: str) -> float:
+        for part, factor in self.factors.items():
+            if fnmatchcase(f"{name}.", f"{part}.*"):
+                self.unused.discard(part)
+                return factor
+        return 1.0
+
+    def check(self, parts: list[str]) -> None:
+        """Raise ConfigError where a factor is of nothing."""
+        for part in sorted(self.unused):
+            raise ConfigError(
+                f"run.lr_scales.{part}: no parameter that trains has a name that begins so{hint(part, parts)}"
+            )
 
 
 def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,8 @@ class Blip2Base(BlipModel):
             head = getattr(self, "lm_head", None)
             report.append(load_bert(self.qformer.bert_parts(), head, bert, data_root))
             self.qformer.copy_text_ffn()
+            if self.config.qformer.query_init == "words":
+                self.qformer.begin_as_words()
         return report
 
     def load_frozen(self, prefixes: Collection[str], data_root: str | Path | None = None) -> list[str]:

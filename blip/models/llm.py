@@ -78,6 +78,7 @@ class LanguageModel(nn.Module, ABC):
         self._sketch = llm_model is not None
         self._settled = False
         self._wanted_mode = True
+        self._before: Tensor | None = None
         # Before the model, so that parameters which it shares are known by these names.
         self.lora = nn.ParameterDict()
         """What is trained: parameters that the model has too, under names of their own."""
@@ -231,7 +232,7 @@ class LanguageModel(nn.Module, ABC):
             half = self.dtype == torch.float16 and not len(self.lora)
             keeper = _Gradients() if half else None
             soft = keeper.enter(prefix) if keeper else prefix
-            logits = self._logits(soft.to(self.device, self.dtype), ids, mask, labels, index)
+            logits = self._logits(self._enter(soft), ids, mask, labels, index)
             logits = at_least_float32(logits)
             if keeper:
                 logits = keeper.leave(logits)
@@ -262,8 +263,9 @@ class LanguageModel(nn.Module, ABC):
         """
         with self._at_work():
             ids, mask = flush_left(ids.to(self.device), mask.to(self.device))
-            self._check_length(prefix.shape[1] + ids.shape[1] + decoding.max_length - 1)
-            writer, ids, mask = self._writer(prefix.to(self.device, self.dtype), ids, mask)
+            soft = self._enter(prefix)
+            self._check_length(soft.shape[1] + ids.shape[1] + decoding.max_length - 1)
+            writer, ids, mask = self._writer(soft, ids, mask)
             # As in transformers: a prompt behind soft tokens is no text, but what a decoder starts with is.
             decoding = replace(decoding, count_prompt=False, penalize_prompt=self.is_encoder_decoder)
             draws = draws and draws._replace(items=draws.items.to(self.device))
@@ -301,8 +303,9 @@ class LanguageModel(nn.Module, ABC):
             cand_ids, cand_mask = (
                 (x if x.ndim == 3 else x[None]).to(self.device) for x in (cand_ids, cand_mask)
             )
-            self._check_length(prefix.shape[1] + ids.shape[1] + cand_ids.shape[2] - 1)
-            writer, ids, mask = self._writer(prefix.to(self.device, self.dtype), ids, mask)
+            soft = self._enter(prefix)
+            self._check_length(soft.shape[1] + ids.shape[1] + cand_ids.shape[2] - 1)
+            writer, ids, mask = self._writer(soft, ids, mask)
             first = at_least_float32(writer.start(ids, mask)).log_softmax(dim=1)
             scores = first.new_full((num_items, num_candidates), -torch.inf)
             # Candidates of about the same length go together: the longest one's padding would cost the most.
@@ -322,6 +325,17 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def _writer(self, prefix: Tensor, ids: Tensor, mask: Tensor) -> tuple[Writer, Tensor, Tensor]:
         """What reads prompts (B, T), and ids and mask of what it starts with."""
+
+    def _enter(self, prefix: Tensor) -> Tensor:
+        """Soft tokens as the model reads them: (B, Q, H) in its type, behind the words of `config.before`."""
+        prefix = prefix.to(self.device, self.dtype)
+        if not self.config.before:
+            return prefix
+        if self._before is None or self._before.device != self.device:  # else each step would wait
+            ids = self.tokenizer.raw([self.config.before])[0]
+            self._before = torch.tensor(ids, dtype=torch.int64, device=self.device)
+        words = self.model.get_input_embeddings()(self._before)
+        return torch.cat([words.expand(len(prefix), -1, -1), prefix], dim=1)
 
     def _check_length(self, length: int) -> None:
         """Raise DataError where a text may outgrow the model's positions."""

@@ -72,6 +72,10 @@ class LLMConfig(Section):
     bos: Literal["tokenizer", "end", "none"] = "tokenizer"
     """First token of a text: what the tokenizer puts there; the end token, as LAVIS has it for Vicuna v1.1;
     or none."""
+    before: str = ""
+    """What stands in front of the soft tokens, such as "<|im_start|>", where the language model has only ever
+    seen texts that begin so; without it the first soft token is looked at as a beginning is, by everything,
+    whatever it tells."""
     activation: str | None = None
     """Activation function instead of the configuration's; LAVIS's FlanT5 models were trained with `gelu`."""
 

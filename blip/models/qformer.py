@@ -8,7 +8,7 @@ lets the queries (never the text) attend to the image. Which of them see each ot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,22 @@ class QFormerConfig(BertConfig):
     """Sizes of the Q-Former; the defaults are BERT-base's."""
 
     section: ClassVar[str] = "model.qformer"
+
+    query_init: Literal["random", "words"] = "random"
+    """What the queries begin as: `random` (LAVIS); or `words`, words of `init_from`, drawn at random, which a
+    narrow BERT keeps apart for longer: random queries are soon all the same to it."""
+    cross_init_std: float | None = None
+    """Standard deviation of cross-attention's initial query and key matrices; null: `init_std`. The larger,
+    the sharper it looks: queries that all see the mean of the picture become the same by what they see."""
+
+    def problems(self) -> list[str]:
+        """Sizes that cannot be built."""
+        found = super().problems()
+        if self.query_init == "words" and not self.init_from:
+            found.append("query_init: words are those of a BERT; set init_from, or query_init to random")
+        if self.cross_init_std is not None and self.cross_init_std <= 0:
+            found.append(f"cross_init_std: {self.cross_init_std} is not above 0")
+        return found
 
 
 class QFormerOutput(NamedTuple):
@@ -143,6 +159,10 @@ class QFormer(nn.Module):
             for i in range(config.depth)
         )
         init_bert(self, config.init_std)
+        if config.cross_init_std is not None:
+            for cross in (layer.cross_attn for layer in self.blocks() if layer.cross_attn is not None):
+                nn.init.normal_(cross.query.weight, std=config.cross_init_std)
+                nn.init.normal_(cross.key.weight, std=config.cross_init_std)
         nn.init.normal_(self.query_tokens, std=0.02)
         self.copy_text_ffn()
 
@@ -155,6 +175,14 @@ class QFormer(nn.Module):
         for layer in self.blocks():
             if layer.text_ffn is not None:
                 layer.query_ffn.load_state_dict(layer.text_ffn.state_dict())
+
+    @torch.no_grad()
+    def begin_as_words(self) -> None:
+        """Queries become words, drawn by torch's generator, at the places behind a text's first token."""
+        word, position = self.embedding.word.weight, self.embedding.position.weight
+        places = torch.arange(1, self.num_query + 1) % len(position)
+        drawn = torch.randint(len(word), (self.num_query,))
+        self.query_tokens.copy_((word[drawn] + position[places])[None])
 
     def bert_parts(self) -> BertParts:
         """What a BERT can start: the text side."""

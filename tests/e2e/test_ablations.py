@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from tests.e2e.runs import ROOT
 
@@ -13,14 +16,23 @@ DATASETS = ("scenes", "scenes_vqa", "detail", "locate", "refer", "compare")
 """That instruction tuning holds in."""
 # Leaves what a finished run does; fails before the run $FAILS.
 STAND_IN = """#!/usr/bin/env bash
-if [ "$1" != -m ]; then case $1 in *_table.py) exec "$REAL_PYTHON" "$@" ;; *) exit 0 ;; esac; fi
+if [ "$1" != -m ]; then
+  case $1 in *_table.py) exec "$REAL_PYTHON" "$@" ;; esac
+  [ -n "${READS:-}" ] || exit 0
+  trap 'touch "$READS/stopped"; exit' TERM
+  touch "$READS/begun"
+  while :; do sleep 0.05; done >/dev/null 2>&1
+fi
 echo "$*" >>"$CALLS"
 for argument; do case $argument in run.output_dir=*) folder=${argument#*=} ;; esac; done
 case "$2" in
   blip.cache_features) mkdir -p "$folder/scenes" && touch "$folder/scenes/features.json" && exit ;;
   blip.data) exit ;;
 esac
-if [ "${folder##*/}" = "${FAILS:-}" ]; then exit 3; fi
+if [ "${folder##*/}" = "${FAILS:-}" ]; then
+  while [ -n "${READS:-}" ] && [ ! -f "$READS/begun" ]; do sleep 0.05; done
+  exit 3
+fi
 mkdir -p "$folder/model"
 case $folder in *-1) acc=50.0 ;; *) acc=60.0 ;; esac
 echo '{"split": "test", "held_out_data/acc": '$acc', "held_out_data/type_vqa": 1.0, "CIDEr": 1.25}' \
@@ -53,16 +65,18 @@ def test_instruction_tuning_is_compared_over_seeds_and_goes_on_where_it_was(tmp_
     _, calls = compare(tmp_path, "run.max_iters=7", code=3, FAILS="decoder-blind-2")
     printed, again = compare(tmp_path, "run.max_iters=7")
     out = tmp_path / "out"
-    assert calls[1] == (
-        f"-m blip.train --cfg tiny/pretrain_stage1.yaml run.output_dir={out}/stage1 run.resume=auto"
-    )
-    assert calls[2] == (
-        f"-m blip.train --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage1"
-        f" model.llm_model=llm/scenes-decoder-instruct model.qformer_text_input=true model.max_txt_len=40"
-        f" run.output_dir={out}/stage2-decoder run.resume=auto"
-    )
-    cached = f"-m blip.cache_features --cfg tiny/pretrain_stage2.yaml model.init_from={out}/stage2-decoder"
-    assert calls[3].startswith(cached)
+    tower, stored = f"model.vit_init_from={out}/tower", f"datasets.scenes.features={out}/features/scenes"
+    untrained = "model.vit_train_steps=0 model.vit_train_objectives=[itc, itm, lm]"
+    assert calls[1:5] == [
+        f"-m blip.train --cfg tiny/blip_tower.yaml run.output_dir={out}/tower run.resume=auto",
+        f"-m blip.cache_features --cfg tiny/pretrain_stage1.yaml {tower} {untrained}"
+        f" run.output_dir={out}/features",
+        f"-m blip.train --cfg tiny/pretrain_stage1.yaml {tower} {stored} {untrained} run.max_iters=500"
+        f" run.warmup_steps=100 run.warmup_lr=0 run.output_dir={out}/stage1 run.resume=auto",
+        f"-m blip.train --cfg tiny/pretrain_stage2.yaml {tower} {stored} model.init_from={out}/stage1"
+        " model.llm_model=llm/scenes-decoder-instruct model.qformer_text_input=true model.max_txt_len=40"
+        f" run.output_dir={out}/stage2-decoder-instruct run.resume=auto",
+    ]
     trained = [line for line in again if "tiny/instruct.yaml" in line]
     order = [f"{name}-{seed}" for name in ("instructed", "blind", "uniform") for seed in (1, 2)]
     begun = [*order[:4], *order[3:]]  # the one that failed, twice
@@ -73,19 +87,31 @@ def test_instruction_tuning_is_compared_over_seeds_and_goes_on_where_it_was(tmp_
         assert ("model.qformer_text_input=false" in line) == name.startswith("blind")
         assert ("run.sampling=uniform" in line) == name.startswith("uniform")
         assert f"run.seed={name[-1]} " in line
+        assert f"model.init_from={out}/stage2-decoder-instruct " in line
+        assert f"{tower} " in line
         assert "run.max_iters=7" in line
         assert line.count(f"features={out}/features/scenes") == len(DATASETS)
     [row] = [line.split() for line in printed.splitlines() if line.startswith("held_out_data")]
     assert row == ["held_out_data/acc", *["55.0", "±", "7.1"] * 3]
 
 
-def test_it_starts_from_another_run_and_refuses_an_unknown_language_model(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "--start", str(tmp_path / "mine"), "--llm", "encoder-decoder")
-    assert not any("--cfg tiny/pretrain" in line and "blip.train" in line for line in calls)
-    assert calls[-1].count(f"model.init_from={tmp_path / 'mine'} ") == 1
+def test_an_encoder_decoder_has_its_own_runs_and_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    _, calls = compare(tmp_path, "--llm", "encoder-decoder")
+    assert any("--cfg tiny/pretrain_stage2_t5.yaml" in line for line in calls)
+    assert f"model.init_from={tmp_path / 'out'}/stage2-encoder-decoder-instruct " in calls[-1]
     assert "model.llm_model=llm/scenes-encoder-decoder-instruct " in calls[-1]
     printed, _ = compare(tmp_path, "--llm", "gpt", code=2)
     assert "error: --llm gpt: choose decoder or encoder-decoder" in printed
+
+
+def test_a_tower_that_fails_stops_the_language_model_beside_it(tmp_path: Path) -> None:
+    _, calls = compare(tmp_path, code=3, FAILS="tower", READS=str(tmp_path))
+    assert len(calls) == 2
+    for _ in range(200):
+        if (tmp_path / "stopped").exists():
+            return
+        time.sleep(0.05)
+    pytest.fail("the language model goes on")
 
 
 def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path) -> None:

@@ -209,14 +209,19 @@ def test_two_stages_end_with_captions_and_answers(
     given = ["--output", str(output), "--data", str(data), "--llm", llm, "model.dropout=0.1", "run.seed=3"]
     done = run(script, *given, code=0, **environment)
     more = "model.dropout=0.1 run.seed=3 run.output_dir"
+    tower = f"model.vit_init_from={output}/tower"
+    untrained = "model.vit_train_steps=0 model.vit_train_objectives=[itc, itm, lm]"
+    stored = f"datasets.scenes.features={output}/features/scenes"
     assert calls.read_text().splitlines() == [
         "-m blip.data make scenes",
-        f"-m blip.train --cfg tiny/pretrain_stage1.yaml {more}={output}/stage1 run.resume=auto",
-        f"-m blip.cache_features --cfg tiny/{recipe}.yaml model.init_from={output}/stage1"
+        f"-m blip.train --cfg tiny/blip_tower.yaml run.output_dir={output}/tower run.resume=auto",
+        f"-m blip.cache_features --cfg tiny/pretrain_stage1.yaml {tower} {untrained}"
         f" {more}={output}/features",
-        f"-m blip.train --cfg tiny/{recipe}.yaml model.init_from={output}/stage1"
-        f" datasets.scenes.features={output}/features/scenes {more}={output}/stage2-{llm} run.resume=auto",
-        f"-m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml model.dropout=0.1"
+        f"-m blip.train --cfg tiny/pretrain_stage1.yaml {tower} {stored} {untrained} run.max_iters=500"
+        f" run.warmup_steps=100 run.warmup_lr=0 {more}={output}/stage1 run.resume=auto",
+        f"-m blip.train --cfg tiny/{recipe}.yaml {tower} {stored} model.init_from={output}/stage1"
+        f" {more}={output}/stage2-{llm} run.resume=auto",
+        f"-m blip.evaluate --cfg tiny/vqa_zeroshot_eval.yaml model.dropout=0.1 {tower}"
         f" model.init_from={output}/stage2-{llm} model.llm_model=llm/scenes-{llm}"
         f" run.output_dir={output}/vqa-{llm} run.overwrite=true",
     ]

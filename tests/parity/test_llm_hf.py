@@ -137,6 +137,28 @@ def test_a_text_without_prompt_has_its_first_token_as_a_target_too(family: str) 
     torch.testing.assert_close(llm.loss(prefix, ids, mask, labels), theirs.loss)
 
 
+@pytest.mark.parametrize("family", SIZES)
+def test_what_stands_in_front_is_read_before_the_soft_tokens_everywhere(family: str) -> None:
+    llm, plain = build(family, before="the picture shows"), build(family)
+    words = embed(plain, torch.tensor(plain.tokenizer.raw(["the picture shows"])[0]))
+    prefix = soft(llm).requires_grad_()
+    behind = torch.cat([words.detach().expand(len(prefix), -1, -1), prefix], dim=1)
+    assert behind.shape[1] == QUERIES + 3
+
+    batch = llm.tokenizer.train(PROMPTS, TARGETS).values()
+    loss, theirs = llm.loss(prefix, *batch), plain.loss(behind, *batch)
+    assert not torch.isclose(theirs, plain.loss(prefix, *batch))
+    torch.testing.assert_close(loss, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(one, prefix)[0] for one in (loss, theirs)))
+    prompts, candidates = llm.tokenizer.prompt(PROMPTS), llm.tokenizer.candidates(TARGETS)
+    scores = llm.log_likelihood(prefix, *prompts, *candidates)
+    torch.testing.assert_close(scores, plain.log_likelihood(behind, *prompts, *candidates))
+    ends = llm.tokenizer.end_id, llm.tokenizer.pad_id
+    decoding = Decoding(*ends, num_beams=2, max_length=6)
+    found = llm.generate(prefix, *prompts, decoding).ids
+    assert torch.equal(found, plain.generate(behind, *prompts, decoding).ids)
+
+
 def random_setting(seed: int, beams: int) -> dict[str, Any]:
     chance = random.Random(1000 * beams + seed)
     return {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from blip.config.schema import RunConfig
 from blip.engine.optim import Ema, Schedule, build_optimizer
-from blip.errors import CheckpointError, TrainingError
+from blip.errors import CheckpointError, ConfigError, TrainingError
 from blip.models.blip2_qformer import Blip2Qformer
 
 
@@ -113,6 +113,29 @@ def test_layer_decay_changes_how_far_a_layer_moves() -> None:
         moved.append((model.vision[0].weight - before.vision[0].weight).abs().mean().item())
     # AdamW's first step is the rate itself wherever there is a gradient.
     assert moved == pytest.approx([0.01, 0.0025], rel=1e-3)
+
+
+def test_a_part_may_have_a_rate_of_its_own() -> None:
+    scales = {"vision": 0.5, "vision.1": 0.1, "temp": 2.0, "*.bias": 7.0}
+    settings = config(lr_scales=scales, lr_layer_decay=0.5)
+    optimizer = build_optimizer(toy(), settings)
+    Schedule(optimizer, settings, 100, 100)
+    rates = {name: group["lr"] / 1e-4 for group in optimizer.param_groups for name in group["param_names"]}
+    assert rates["vision.0.weight"] == pytest.approx(0.5 * 0.25)
+    assert rates["vision.1.bias"] == pytest.approx(0.1 * 0.5)
+    assert (rates["temp"], rates["word.weight"]) == pytest.approx((2.0, 1.0))
+    assert rates["norm.bias"] == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("part", ["visio", "frozen", "word.weights"])
+def test_a_rate_of_nothing_that_trains_is_refused(part: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^run\.lr_scales\.{part}: no parameter that trains"):
+        build_optimizer(toy(), config(lr_scales={part: 0.5}))
+
+
+def test_a_rate_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lr_scales\.vision: 0\.0 is not above 0"):
+        config(lr_scales={"vision": 0.0})
 
 
 def test_groups_do_not_depend_on_the_order_in_which_a_model_was_built() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from blip.config.load import load_config
 from blip.config.schema import SectionError
 from blip.errors import CheckpointError, ConfigError
 from blip.models.blip2_config import Blip2QformerConfig
 from blip.models.blip2_qformer import Blip2Qformer
-from blip.models.qformer import QFormer, QFormerConfig
+from blip.models.qformer import QFormer, QFormerConfig, QFormerLayer
 from blip.models.vision import VisionConfig
 
 SIZES: dict[str, Any] = {
@@ -174,6 +175,44 @@ def test_a_missing_bert_is_named_by_its_key(tmp_path: Path, monkeypatch: pytest.
     model = Blip2Qformer.from_preset("pretrain", **sizes, vit_init_from=None)
     with pytest.raises(ConfigError, match=r"^model\.qformer\.init_from: no BERT-like model 'no-such-bert'"):
         model.load_parts()
+
+
+def test_queries_may_begin_as_words_of_the_bert(tmp_path: Path) -> None:
+    names = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=28, max_position_embeddings=32, **names)).save_pretrained(tmp_path)
+    qformer = {**SIZES["qformer"], "init_from": str(tmp_path), "query_init": "words"}
+    sizes = SIZES | {"qformer": qformer, "num_query_token": 5}
+    model = Blip2Qformer.from_preset("pretrain", **sizes, vit_init_from=None)
+    model.load_parts()
+    embedding, queries = model.qformer.embedding, model.qformer.query_tokens[0]
+    away = torch.cdist(queries - embedding.position.weight[1:6], embedding.word.weight)
+    assert (away.min(dim=1).values < 1e-3).all()  # others are some 0.1 away
+    first = queries.clone()
+    torch.manual_seed(1)
+    model.load_parts()
+    assert not torch.equal(model.qformer.query_tokens[0], first)
+    with pytest.raises(ConfigError, match=r"query_init: words are those of a BERT; set init_from"):
+        QFormer(QFormerConfig(query_init="words"), 2, 16, 30)
+
+
+def test_cross_attention_may_begin_sharp() -> None:
+    def layers(**values: float) -> list[QFormerLayer]:
+        torch.manual_seed(0)
+        config = QFormerConfig(width=64, depth=2, num_heads=2, mlp_dim=64, max_positions=8, **values)
+        return QFormer(config, 2, 64, 30).blocks()
+
+    first, plain = layers(cross_init_std=0.5), layers()
+    assert first[1].cross_attn is None  # every second layer has one
+    sharp, dull = first[0].cross_attn, plain[0].cross_attn
+    assert sharp is not None
+    assert dull is not None
+    for name, std in {"query": 0.5, "key": 0.5, "value": 0.02, "out": 0.02}.items():
+        assert getattr(sharp, name).weight.std().item() == pytest.approx(std, rel=0.1), name
+        assert getattr(dull, name).weight.std().item() == pytest.approx(0.02, rel=0.1), name
+    own, known = (found[0].self_attn.query.weight for found in (first, plain))
+    assert own.std().item() == pytest.approx(known.std().item(), rel=0.1)
+    with pytest.raises(ConfigError, match=r"cross_init_std: 0 is not above 0"):
+        QFormer(QFormerConfig(cross_init_std=0), 2, 16, 30)
 
 
 @pytest.mark.parametrize("place", ["working directory", "data root", "BLIP_DATA", "data"])
