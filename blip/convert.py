@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -160,8 +160,8 @@ def _fetched(
                 opened.append(kept.stored)
                 return kept
         load_frozen(model, prefix, found)
-        model.llm.cpu()
-        return {prefix + key: tensor for key, tensor in model.llm.model.state_dict().items()}
+        llm: Any = model.llm.cpu()
+        return {prefix + key: tensor for key, tensor in llm.model.state_dict().items()}
     part = model.get_submodule(prefix.rstrip("."))
     part.to_empty(device="cpu")
     load_frozen(model, prefix, found)
@@ -207,7 +207,7 @@ def _stored_llm(model: BlipModel, folder: Path) -> _StoredLlm | None:
         stored = StoredWeights(folder)
     except CheckpointError:
         return None
-    llm = model.llm.model
+    llm: Any = cast(Any, model.llm).model
     base = f"{llm.base_model_prefix}."
     first: dict[int, str] = {}
     shared = {n: first.setdefault(id(p), n) for n, p in llm.named_parameters(remove_duplicate=False)}

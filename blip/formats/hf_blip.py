@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from blip.errors import CheckpointError, UsageError
+from blip.errors import CheckpointError, ConfigError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ BERT = {
 EXPLICIT = ("text_config.num_attention_heads", "vision_config.layer_norm_eps")
 """What `config.json` must say, since transformers' defaults (8 and 1e-5) are not BLIP's (12 and 1e-6)."""
 
-_BERT_VOCAB, _BERT_SEP = 30524, 102
+_BERT_VOCAB, _BERT_SEP, _BERT_PAD = 30524, 102, 0
 _LARGE = 1024
 """Width of BLIP's larger tower."""
 
@@ -121,9 +121,7 @@ def _config(config: Any, model: Any, name: str) -> Any:
         raise UsageError(f"to_hf: {name} has BLIP's tower (base or large), not {config.vit_type}")
     check_stem(vit)
     words = model.text.embedding.word.num_embeddings
-    sep, pad = _BERT_SEP, 0
-    if words != _BERT_VOCAB:
-        sep, pad = model.word_pieces.sep_id, model.word_pieces.pad_id
+    sep, pad = _ends(model, words)
     return BlipConfig(
         vision_config=BlipVisionConfig(
             image_size=vit.image_size,
@@ -147,6 +145,19 @@ def _config(config: Any, model: Any, name: str) -> Any:
         ),
         image_text_hidden_size=getattr(config, "embed_dim", 256),
     )
+
+
+def _ends(model: Any, words: int) -> tuple[int, int]:
+    """Ids of [SEP] and [PAD]: BERT's, unless there is another vocabulary, whose tokenizer can be read."""
+    if words == _BERT_VOCAB:
+        return _BERT_SEP, _BERT_PAD
+    try:
+        return model.word_pieces.sep_id, model.word_pieces.pad_id
+    except ConfigError as error:
+        log.warning(
+            "to_hf: [SEP] and [PAD] are taken to be BERT's %d and %d; %s", _BERT_SEP, _BERT_PAD, error
+        )
+        return _BERT_SEP, _BERT_PAD
 
 
 def build_retrieval(config: Any, model: Any) -> Any:
