@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from blip import templates
-from blip.errors import ConfigError
+from blip.errors import ConfigError, hint
 
 SPLITS = ("train", "val", "test")
+SPECIAL = ("dec", "enc", "sep", "pad")
+"""BERT's tokens that a model puts in or looks for itself."""
 
 
 class SectionError(ConfigError):
@@ -67,6 +69,16 @@ class ModelConfig(Section):
     """Start from `pretrained` where it names weights and no finetuned ones are loaded."""
     pretrained: str | None = None
     """Weights of the pre-trained model: a file, folder or hub id."""
+    special_ids: dict[str, int] = field(default_factory=dict)
+    """Ids of `dec`, `enc`, `sep` and `pad` that are not the tokenizer's. Where none is read, since texts are
+    given as ids, others are the last rows of the vocabulary, and BERT's 102 and 0."""
+
+    def problems(self) -> list[str]:
+        """Ids of no such token, or below 0."""
+        unknown = [key for key in self.special_ids if key not in SPECIAL]
+        low = [key for key, number in self.special_ids.items() if number < 0]
+        found = [f"special_ids: no token {key!r}{hint(key, SPECIAL)}" for key in unknown]
+        return super().problems() + found + [f"special_ids.{key}: below 0" for key in low]
 
 
 @dataclass

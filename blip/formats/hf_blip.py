@@ -73,23 +73,23 @@ def _values(config: Any, max_txt_len: int) -> dict[str, Any]:
         "vit": {ours: getattr(vision, theirs) for ours, theirs in VIT.items()},
         "med": {ours: getattr(text, theirs) for ours, theirs in BERT.items()},
         "vocab_size": text.vocab_size,
+        "special_ids": _special_ids(text),
         "max_txt_len": min(max_txt_len, text.max_position_embeddings),
         "dropout": text.hidden_dropout_prob,
     }
 
 
+def _special_ids(text: Any) -> dict[str, int]:
+    """Ids that are neither the last row of the vocabulary but one nor BERT's."""
+    theirs = {"dec": text.bos_token_id, "sep": text.sep_token_id, "pad": text.pad_token_id}
+    usual = {"dec": text.vocab_size - 2, "sep": _BERT_SEP, "pad": _BERT_PAD}
+    rows = range(text.vocab_size)  # what is never looked up, such as the first id of a judge, may be anything
+    return {key: number for key, number in theirs.items() if number in rows and number != usual[key]}
+
+
 def _decoder_values(config: Any, max_txt_len: int) -> dict[str, Any]:
-    text = config.text_config
-    first = text.vocab_size - 2
-    if text.bos_token_id != first:
-        log.warning(
-            "config.json: text_config.bos_token_id is %s; here, texts begin with the tokenizer's [DEC], or,"
-            " where they are given as ids, with the last row of the vocabulary but one, %s",
-            text.bos_token_id,
-            first,
-        )
-    values = _values(config, max_txt_len)
-    return {**values, "label_smoothing": text.label_smoothing, "beam_lengths": "new"}
+    values, smoothing = _values(config, max_txt_len), config.text_config.label_smoothing
+    return {**values, "label_smoothing": smoothing, "beam_lengths": "new"}
 
 
 def retrieval_values(config: Any) -> dict[str, Any]:
@@ -148,15 +148,13 @@ def _config(config: Any, model: Any, name: str) -> Any:
 
 
 def _ends(model: Any, words: int) -> tuple[int, int]:
-    """Ids of [SEP] and [PAD]: BERT's, unless there is another vocabulary, whose tokenizer can be read."""
-    if words == _BERT_VOCAB:
+    """Ids of [SEP] and [PAD]; BERT's, where nothing says them."""
+    if words == _BERT_VOCAB and not model.config.special_ids:
         return _BERT_SEP, _BERT_PAD
     try:
-        return model.word_pieces.sep_id, model.word_pieces.pad_id
+        return model.text_ends.end_id, model.text_ends.pad_id
     except ConfigError as error:
-        log.warning(
-            "to_hf: [SEP] and [PAD] are taken to be BERT's %d and %d; %s", _BERT_SEP, _BERT_PAD, error
-        )
+        log.warning("to_hf: [SEP] and [PAD] are taken to be those of BERT; %s", error)
         return _BERT_SEP, _BERT_PAD
 
 

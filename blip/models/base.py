@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, asdict, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -19,7 +20,7 @@ from blip.batch import Output
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, ConfigError, UsageError, brief, hint
 from blip.models.card import card
-from blip.models.tokenizer import DEC, WordPieces
+from blip.models.tokenizer import BERT_ENDS, DEC, Ends, WordPieces
 from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
 from blip.weights import GIVEN, save_safetensors
@@ -86,6 +87,14 @@ class BlipModel(nn.Module):
         self.processors = deepcopy(self.default_processors)
         """What turns pictures and texts into this model's input; `config.json` keeps it."""
 
+    def __call__(self, samples: dict[str, Any] | None = None, /, *args: Any, **more: Any) -> Any:
+        """`forward`. What is named and no argument of it joins the samples: `model(image=x, text_ids=y)`."""
+        known = signature(type(self).forward).parameters
+        joined = {key: more.pop(key) for key in list(more) if key not in known}
+        if samples is None and not joined:
+            return super().__call__(*args, **more)
+        return super().__call__({**(samples or {}), **joined} if joined else samples, *args, **more)
+
     @classmethod
     def sizes_of(cls, tensors: Mapping[str, Tensor]) -> Sizes:
         """What weights by our names tell of the configuration; they may lack what is `freezable`."""
@@ -139,8 +148,29 @@ class BlipModel(nn.Module):
                     f"model.vocab_size: {rows} rows of word embeddings are too few for the {needed} pieces of"
                     f" the tokenizer {self.config.tokenizer!r}; set it to {needed} or more, or to null"
                 )
+            for token, number in self.config.special_ids.items():
+                setattr(self._word_pieces, f"{token}_id", number)
             self.take_ids(self._word_pieces)
         return self._word_pieces
+
+    @property
+    def text_ends(self) -> Ends:
+        """Ids that end and pad texts; BERT's, where no tokenizer can be read, since texts are given as ids.
+
+        Raises:
+            ConfigError: nothing says them, and the vocabulary is too small to be BERT's.
+        """
+        given = self.config.special_ids
+        if "sep" in given:
+            return Ends(given["sep"], given.get("pad", BERT_ENDS.pad_id))
+        try:
+            return Ends(self.word_pieces.sep_id, self.word_pieces.pad_id)
+        except ConfigError as error:
+            if (self.config.vocab_size or 0) <= BERT_ENDS.end_id:
+                raise ConfigError(
+                    f"{error}; for texts as ids, model.special_ids.sep says what ends them"
+                ) from error
+            return BERT_ENDS
 
     def take_ids(self, word_pieces: WordPieces) -> None:
         """Told of the tokenizer when it is read: its added tokens may stand before other rows."""
@@ -174,9 +204,16 @@ class BlipModel(nn.Module):
         return int(batch["text_mask"][:, 1:].sum()) if "text_mask" in batch else 0
 
     def with_text(self, batch: dict[str, Any], max_length: int | None = None) -> dict[str, Any]:
-        """The batch with `text_ids` and `text_mask` on the model's device; strings are tokenised."""
+        """The batch with `text_ids` and `text_mask`; strings are tokenised, to the model's device.
+
+        Ids without a mask are not padded; a mask may be of integers, as transformers' are.
+        """
         if "text_ids" in batch:
-            return batch
+            mask = batch.get("text_mask")
+            mask = torch.ones_like(batch["text_ids"], dtype=torch.bool) if mask is None else mask.bool()
+            return {**batch, "text_mask": mask}
+        if "text_input" not in batch:
+            raise UsageError("text_input: no texts; give them, or text_ids and text_mask")
         texts = batch["text_input"]
         tokens = self.tokenize([texts] if isinstance(texts, str) else list(texts), max_length)
         return {**batch, **{k: v.to(self.device) for k, v in tokens.items()}}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from blip.config.schema import ModelConfig
 from blip.errors import hint
+from blip.models.llm_config import LLMConfig
+from blip.models.llm_presets import sizes_of_llm
 from blip.models.qformer import QFormerConfig
 from blip.models.vision import RecomputeMode, VisionConfig
 
@@ -141,3 +143,52 @@ class Blip2QformerConfig(Blip2Config):
         if set(given) != set(OBJECTIVES) and not self.vit_train_steps:
             return [f"{key}: only while the tower is trained first; set vit_train_steps, or leave this out"]
         return []
+
+
+@dataclass
+class Blip2LlmConfig(Blip2Config):
+    """Sizes and switches of BLIP-2 with a language model; LAVIS's names where it has them."""
+
+    may_read: ClassVar[bool] = False
+    """Whether presets name a BERT, in case the Q-Former reads text."""
+
+    llm_model: str | None = None
+    """Language model: a folder (as given, else below the data root) or a Hugging Face name; null: `llm.sizes`
+    with random weights."""
+    load_llm: bool = True
+    """Start from the weights of `llm_model`; false: from random ones."""
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    """How it is built and used."""
+    prompt: str = ""
+    """What a text begins with: put before what is to be generated, and no target in training. With a place
+    `{}`: what questions stand in."""
+    soft_tokens: Literal["linear", "words"] = "linear"
+    """How large soft tokens are before training: `linear`, as torch's linear layer makes them (LAVIS); or
+    `words`, as large as the language model's word embeddings, which some read much sooner."""
+    qformer_text_input: bool = False
+    """Let the Q-Former read the question or instruction beside its queries, too."""
+    max_output_txt_len: int | None = None
+    """Longest text to be learned where it continues another, in tokens; longer ones are cut; null:
+    `max_txt_len`."""
+    beam_lengths: Literal["start", "new"] = "start"
+    """What the scores of beams are divided by, to the power of the length penalty: `start`, the new tokens
+    and what a decoder starts with, without the end, as in the transformers that LAVIS runs; `new`, the new
+    tokens, the end included, as in today's."""
+    apply_lemmatizer: bool = False
+    """Reduce nouns and verbs of answers to their lemmas, by spaCy, which has to be installed besides."""
+
+    def problems(self) -> list[str]:
+        """Values that cannot be used."""
+        found = super().problems() + self._at_least(1, "max_output_txt_len")
+        if self.qformer_text_input:
+            found += self._text_problems()
+        elif self.qformer.init_from and not self.may_read:
+            found.append(
+                "qformer.init_from: a BERT starts a Q-Former that reads text, and this one reads none; start"
+                " from stage 1 with model.init_from, or set qformer_text_input"
+            )
+        return found
+
+    def language_model(self) -> LLMConfig:
+        """The section of the language model, with the sizes that are known by its name."""
+        return replace(self.llm, sizes=sizes_of_llm(self.llm_model, self.llm.sizes))

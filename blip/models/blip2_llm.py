@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +27,18 @@ from blip.batch import Output
 from blip.errors import UsageError, hint
 from blip.layers.decoding import Decoding
 from blip.layers.masks import padding_mask
+from blip.models import llm_ids
 from blip.models import prompts as ask
 from blip.models.base import Adopted, Sizes
 from blip.models.bert_init import load_bert
 from blip.models.blip2_base import Blip2Base
-from blip.models.blip2_config import Blip2Config
+from blip.models.blip2_config import Blip2LlmConfig
 from blip.models.blip2_weights import adopt_stage2, is_text_side, stage2_sizes
 from blip.models.generate import draws_of
 from blip.models.lemmas import lemmatize
-from blip.models.llm import LLMConfig, build_llm
-from blip.models.llm_presets import sizes_of_llm
+from blip.models.llm import build_llm
 from blip.models.llm_tokenizer import Side
+from blip.models.tokenizer import id_rows
 from blip.models.vision import RecomputeMode
 from blip.registry import MODELS
 
@@ -46,55 +46,6 @@ log = logging.getLogger(__name__)
 
 LLM = "llm.model."
 """What the names of the frozen language model's tensors begin with."""
-
-
-@dataclass
-class Blip2LlmConfig(Blip2Config):
-    """Sizes and switches of BLIP-2 with a language model; LAVIS's names where it has them."""
-
-    may_read: ClassVar[bool] = False
-    """Whether presets name a BERT, in case the Q-Former reads text."""
-
-    llm_model: str | None = None
-    """Language model: a folder (as given, else below the data root) or a Hugging Face name; null: `llm.sizes`
-    with random weights."""
-    load_llm: bool = True
-    """Start from the weights of `llm_model`; false: from random ones."""
-    llm: LLMConfig = field(default_factory=LLMConfig)
-    """How it is built and used."""
-    prompt: str = ""
-    """What a text begins with: put before what is to be generated, and no target in training. With a place
-    `{}`: what questions stand in."""
-    soft_tokens: Literal["linear", "words"] = "linear"
-    """How large soft tokens are before training: `linear`, as torch's linear layer makes them (LAVIS); or
-    `words`, as large as the language model's word embeddings, which some read much sooner."""
-    qformer_text_input: bool = False
-    """Let the Q-Former read the question or instruction beside its queries, too."""
-    max_output_txt_len: int | None = None
-    """Longest text to be learned where it continues another, in tokens; longer ones are cut; null:
-    `max_txt_len`."""
-    beam_lengths: Literal["start", "new"] = "start"
-    """What the scores of beams are divided by, to the power of the length penalty: `start`, the new tokens
-    and what a decoder starts with, without the end, as in the transformers that LAVIS runs; `new`, the new
-    tokens, the end included, as in today's."""
-    apply_lemmatizer: bool = False
-    """Reduce nouns and verbs of answers to their lemmas, by spaCy, which has to be installed besides."""
-
-    def problems(self) -> list[str]:
-        """Values that cannot be used."""
-        found = super().problems() + self._at_least(1, "max_output_txt_len")
-        if self.qformer_text_input:
-            found += self._text_problems()
-        elif self.qformer.init_from and not self.may_read:
-            found.append(
-                "qformer.init_from: a BERT starts a Q-Former that reads text, and this one reads none; start"
-                " from stage 1 with model.init_from, or set qformer_text_input"
-            )
-        return found
-
-    def language_model(self) -> LLMConfig:
-        """The section of the language model, with the sizes that are known by its name."""
-        return replace(self.llm, sizes=sizes_of_llm(self.llm_model, self.llm.sizes))
 
 
 class Texts(NamedTuple):
@@ -108,6 +59,17 @@ class Texts(NamedTuple):
     """Read by the Q-Former beside its queries, if it reads."""
 
 
+class Asked(NamedTuple):
+    """What the language model is to continue, B rows."""
+
+    prefix: Tensor
+    """(B, Q, H), soft tokens."""
+    ids: Tensor
+    """int64 (B, T), prompts."""
+    mask: Tensor
+    """bool (B, T), True = real token."""
+
+
 @MODELS.register("blip2_llm")
 class Blip2Llm(Blip2Base):
     """Tower, Q-Former and a frozen language model.
@@ -118,7 +80,8 @@ class Blip2Llm(Blip2Base):
 
     Shape:
         batch: `image` (B, 3, H, W), or (B, F, 3, H, W) of videos, or `image_embeds` (B, P, D_image) or
-            (B, F, P, D_image); `text_input`, B texts; optional `text_output`, B texts.
+            (B, F, P, D_image); `text_input`, B texts; optional `text_output`, B texts; or ids in their place
+            (`llm_ids.py`).
         returns: `loss` = `loss_lm`.
     """
 
@@ -155,9 +118,11 @@ class Blip2Llm(Blip2Base):
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with `llm_ids`, `llm_mask`, `llm_labels`; for the Q-Former `text_ids`, `text_mask`."""
-        if "llm_ids" in batch:
-            return batch
-        config, tokenizer, texts = self.config, self.llm.tokenizer, self.texts(batch)
+        config = self.config
+        given = llm_ids.learned(batch, self.llm, config.prompt, config.qformer_text_input)
+        if given is not None:
+            return {**(self.with_text(batch) if config.qformer_text_input else batch), **given}
+        tokenizer, texts = self.llm.tokenizer, self.texts(batch)
         if texts.wanted is None:
             tokens = tokenizer.text(texts.given, config.prompt, config.max_txt_len)
         else:
@@ -264,12 +229,14 @@ class Blip2Llm(Blip2Base):
         prompt: str | Sequence[str] | None = None,
         top_k: int = 0,
         seed: int | None = None,
-    ) -> list[str]:
+        return_ids: bool = False,
+    ) -> list[str] | Tensor:
         """What the language model writes about each picture.
 
         Args:
             samples: `image` (or `image_embeds`); optional `prompt`, one text or one per picture; optional
-                `ocr_tokens`, lists of words read in the pictures, for a prompt with `{}`.
+                `ocr_tokens`, lists of words read in the pictures, for a prompt with `{}`; or ids in place of
+                the prompt (`llm_ids.py`).
             use_nucleus_sampling: draw with `top_p`, `top_k` and `temperature`, instead of following beams.
             num_beams: texts that are followed at once.
             max_length: new tokens at most; None: 30, of InstructBLIP 256.
@@ -284,6 +251,7 @@ class Blip2Llm(Blip2Base):
             prompt: in place of that of `samples`, which is in place of the model's own.
             top_k: draw among so many most likely tokens; 0 = all.
             seed: of sampling; the same seed gives the same texts, whatever the batch.
+            return_ids: give new ids int64 (B * num_captions, L), padded behind the end, in place of texts.
 
         Raises:
             UsageError: not one prompt per picture.
@@ -300,8 +268,11 @@ class Blip2Llm(Blip2Base):
             how |= {"sample": True, "top_p": top_p, "top_k": top_k, "temperature": temperature}
         else:
             how["num_beams"] = num_beams
-        prompts = self.prompts(samples, prompt)
-        return self._write(samples, prompts, prompts, how, seed)
+        given = self._given(samples)
+        if given is None:
+            prompts = self.prompts(samples, prompt)
+            given = self._asked(samples, prompts, prompts)
+        return self._write(samples, given, how, seed, return_ids)
 
     def prompts(self, samples: dict[str, Any], prompt: str | Sequence[str] | None = None) -> list[str]:
         """One prompt per picture, as `generate` takes them.
@@ -330,23 +301,26 @@ class Blip2Llm(Blip2Base):
         max_len: int = 10,
         min_len: int = 1,
         num_ans_candidates: int = 128,
-        answer_list: Sequence[str] | None = None,
+        answer_list: Sequence[str] | Sequence[Sequence[int]] | None = None,
         prompt: str | None = "",
         length_penalty: float | None = None,
-    ) -> list[str]:
+        return_ids: bool = False,
+    ) -> list[Any] | Tensor:
         """An answer to each question.
 
         Args:
-            samples: `image` and `text_input`, B questions; optional `ocr_tokens` or `choices`, a list each.
+            samples: `image` and `text_input`, B questions; optional `ocr_tokens` or `choices`, a list each;
+                or ids in place of the whole prompt (`llm_ids.py`).
             num_beams: answers that are followed at once (`generate`).
             inference_method: `generate` an answer, or `rank` those of `answer_list`.
             max_len: longest generated answer, in tokens.
             min_len: shortest one, as `min_length` of `generate`.
             num_ans_candidates: answers that are scored at a time (`rank`).
-            answer_list: candidates.
+            answer_list: candidates, texts or lists of ids; the likeliest one is the answer.
             prompt: with `{}` for the question; two of them: words read in the picture or choices, too. Empty:
                 the model's own where it has `{}`, else the question as it is.
             length_penalty: of beams; None: `answer_length_penalty`.
+            return_ids: as of `generate`, of generated answers.
 
         Raises:
             UsageError: unknown method, or nothing to rank.
@@ -357,16 +331,21 @@ class Blip2Llm(Blip2Base):
             )
         if inference_method == "rank" and not answer_list:
             raise UsageError("inference_method 'rank' needs answer_list")
-        prompt = prompt or (self.config.prompt if ask.PLACE in self.config.prompt else ask.PLACE)
-        prompts = ask.question_prompts(samples, prompt)
-        read = prompts if self.reads_prompt else ask.as_list(samples["text_input"])
+        given = self._given(samples)
+        if given is None:
+            prompt = prompt or (self.config.prompt if ask.PLACE in self.config.prompt else ask.PLACE)
+            prompts = ask.question_prompts(samples, prompt)
+            read = prompts if self.reads_prompt else ask.as_list(samples["text_input"])
+            given = self._asked(samples, prompts, read)
         if inference_method == "rank" and answer_list:
-            scores = self._scores(samples, prompts, read, answer_list, num_ans_candidates)
-            answers = [answer_list[i] for i in scores.argmax(dim=1).tolist()]
+            scores = self._scores(given, answer_list, num_ans_candidates)
+            answers: Any = [answer_list[i] for i in scores.argmax(dim=1).tolist()]
         else:
             how = {**self.generation, "num_beams": num_beams, "max_length": max_len, "min_length": min_len}
             how["length_penalty"] = self.answer_length_penalty if length_penalty is None else length_penalty
-            answers = self._write(samples, prompts, read, how)
+            answers = self._write(samples, given, how, None, return_ids)
+        if isinstance(answers, Tensor) or not isinstance(answers[0], str):
+            return answers
         wanted = samples.get("apply_lemmatizer", self.config.apply_lemmatizer)
         return lemmatize(answers) if wanted else answers
 
@@ -388,7 +367,8 @@ class Blip2Llm(Blip2Base):
         Returns:
             the reply, and the history with this turn.
         """
-        reply = self.generate(samples, prompt=[self.dialog(message, history)], **generation)[0]
+        prompt = [self.dialog(message, history)]
+        reply = str(self.generate(samples, prompt=prompt, **generation)[0])
         return reply, [*history, (message, reply)]
 
     def dialog(self, message: str, history: Sequence[tuple[str, str]] = ()) -> str:
@@ -396,41 +376,44 @@ class Blip2Llm(Blip2Base):
         said = [ask.filled("Question: {} Answer: {}.", turn) for turn in history]
         return " ".join([*said, ask.filled("Question: {} Answer:", [message])])
 
+    def _asked(self, samples: dict[str, Any], prompts: list[str], read: list[str]) -> Asked:
+        return Asked(
+            self._prefix({**samples, **self._for_qformer(read)}), *self.llm.tokenizer.prompt(prompts)
+        )
+
+    def _given(self, samples: dict[str, Any]) -> Asked | None:
+        """What ids ask, where samples have them."""
+        reads = self.config.qformer_text_input
+        found = llm_ids.prompts(samples, reads)
+        if found is None:
+            return None
+        return Asked(self._prefix(self.with_text(samples) if reads else samples), *found)
+
     def _write(
         self,
         samples: dict[str, Any],
-        prompts: list[str],
-        read: list[str],
+        asked: Asked,
         how: dict[str, Any],
         seed: int | None = None,
-    ) -> list[str]:
-        """Texts that continue the prompts; `how` are fields of `Decoding`."""
-        tokenizer = self.llm.tokenizer
-        lengths = self.config.beam_lengths
+        return_ids: bool = False,
+    ) -> list[str] | Tensor:
+        """Texts that continue the prompts, or their ids; `how` are fields of `Decoding`."""
+        lengths, known = self.config.beam_lengths, llm_ids.specials(self.llm)
         if self.llm.is_encoder_decoder or lengths == "start":  # what a decoder starts with counts here
             how = {**how, "min_length": max(0, how["min_length"] - 1)}
-        rules = Decoding(tokenizer.end_id, tokenizer.pad_id, count_prompt=False, beam_lengths=lengths, **how)
-        draws = draws_of(samples, len(prompts), seed, self.device) if rules.sample else None
-        ids, mask = tokenizer.prompt(prompts)
-        prefix = self._prefix(samples, read)
-        return tokenizer.decode(self.llm.generate(prefix, ids, mask, rules, draws).ids)
+        rules = Decoding(known.end_id, known.pad_id, count_prompt=False, beam_lengths=lengths, **how)
+        draws = draws_of(samples, len(asked.ids), seed, self.device) if rules.sample else None
+        found = self.llm.generate(*asked, rules, draws).ids
+        return found if return_ids else self.llm.tokenizer.decode(found)
 
-    def _scores(
-        self,
-        samples: dict[str, Any],
-        prompts: list[str],
-        read: list[str],
-        candidates: Sequence[str],
-        segment: int,
-    ) -> Tensor:
-        """Log-probability of each candidate behind each prompt, (B, N)."""
-        tokenizer = self.llm.tokenizer
-        prefix = self._prefix(samples, read)
-        ids, mask = tokenizer.prompt(prompts)
-        return self.llm.log_likelihood(prefix, ids, mask, *tokenizer.candidates(list(candidates)), segment)
+    def _scores(self, asked: Asked, candidates: Sequence[Any], segment: int) -> Tensor:
+        """Log-probability of each candidate, texts or lists of ids, behind each prompt, (B, N)."""
+        texts = isinstance(candidates[0], str)
+        tokens = self.llm.tokenizer.candidates(candidates) if texts else id_rows(candidates)
+        return self.llm.log_likelihood(*asked, *tokens, segment)
 
-    def _prefix(self, samples: dict[str, Any], read: list[str]) -> Tensor:
-        return self.soft_tokens(self._on_device({**samples, **self._for_qformer(read)}))
+    def _prefix(self, samples: dict[str, Any]) -> Tensor:
+        return self.soft_tokens(self._on_device(samples))
 
     # Freezing, checkpoints, optimizer
 

@@ -194,7 +194,8 @@ class Blip2Qformer(Captioning, Blip2Base, Reranking):
     def dec_id(self) -> int:
         """Id of [DEC]: the tokenizer's, or the last row of the vocabulary, where LAVIS adds it."""
         read = self._word_pieces
-        return self.qformer.embedding.word.num_embeddings - 1 if read is None else read.dec_id
+        known = self.qformer.embedding.word.num_embeddings - 1 if read is None else read.dec_id
+        return int(self.config.special_ids.get("dec", known))
 
     # Inference
 

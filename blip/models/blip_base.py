@@ -49,6 +49,8 @@ class BlipBase(BlipModel):
         med = Med(config.med, vocab_size, image_width, config.dropout, **how)
         if self._word_pieces is not None:
             med.dec_id, med.enc_id = self._word_pieces.dec_id, self._word_pieces.enc_id
+        med.dec_id = config.special_ids.get("dec", med.dec_id)
+        med.enc_id = config.special_ids.get("enc", med.enc_id)
         return med
 
     def take_ids(self, word_pieces: WordPieces) -> None:

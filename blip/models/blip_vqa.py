@@ -7,6 +7,7 @@ answer. Answers are generated, or a list of candidates is ranked by their likeli
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -27,6 +28,7 @@ from blip.models.blip_config import WritingConfig
 from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import MedWriter, decoding, write
 from blip.models.narrate import answer_loss, decoder_labels
+from blip.models.tokenizer import id_rows
 from blip.registry import MODELS
 
 METHODS = ("rank", "generate")
@@ -112,7 +114,10 @@ class BlipVqa(BlipBase):
     def _with_answers(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Answers tokenised where they are not; one answer each and weight 1 where nothing else is said."""
         batch = dict(batch)
-        if "answer_ids" not in batch:
+        if "answer_ids" in batch:
+            full = torch.ones_like(batch["answer_ids"], dtype=torch.bool)
+            batch["answer_mask"] = batch.get("answer_mask", full).bool()
+        else:
             tokens = self.word_pieces(list(batch["answer"]))  # answers are not cut
             batch["answer_ids"] = tokens["text_ids"].to(self.device)
             batch["answer_mask"] = tokens["text_mask"].to(self.device)
@@ -146,10 +151,11 @@ class BlipVqa(BlipBase):
         max_len: int = 10,
         min_len: int = 1,
         num_ans_candidates: int = 128,
-        answer_list: list[str] | None = None,
+        answer_list: Sequence[str] | Sequence[Sequence[int]] | None = None,
         length_penalty: float = 1.0,
         prompt: str = "",
-    ) -> list[str]:
+        return_ids: bool = False,
+    ) -> list[Any] | Tensor:
         """An answer to each question.
 
         Args:
@@ -158,9 +164,11 @@ class BlipVqa(BlipBase):
             inference_method: `rank` the candidates of `answer_list`, or `generate`.
             max_len, min_len: length of a generated answer in tokens, [DEC] included.
             num_ans_candidates: how many candidates are scored in full.
-            answer_list: candidates.
+            answer_list: candidates, texts or lists of ids, [CLS] and [SEP] included; the likeliest one is the
+                answer.
             length_penalty: as of `BlipCaption.generate`.
             prompt: put around each question, which stands where the prompt has `{}`; else in front of it.
+            return_ids: as of `BlipCaption.generate`, of generated answers.
 
         Raises:
             UsageError: unknown method, no candidates to rank, or a prompt for questions that are ids.
@@ -183,7 +191,7 @@ class BlipVqa(BlipBase):
                 raise UsageError("answer_list: ranking needs candidates; give them, or generate answers")
             return self.rank_answers(keys, answer_list, num_ans_candidates)
         rules = decoding(
-            self.word_pieces,
+            self.text_ends,
             use_nucleus_sampling=False,
             num_beams=num_beams,
             max_length=max_len,
@@ -197,9 +205,9 @@ class BlipVqa(BlipBase):
         once = torch.ones_like(start, dtype=torch.bool)
         writer = MedWriter(self.answer_decoder, self.lm_head, keys)
         written = write(writer, start, once, rules, None)
-        return self.word_pieces.decode(written.ids)
+        return written.ids if return_ids else self.word_pieces.decode(written.ids)
 
-    def rank_answers(self, keys: ImageKeys, answer_list: list[str], num_candidates: int) -> list[str]:
+    def rank_answers(self, keys: ImageKeys, answer_list: Sequence[Any], num_candidates: int) -> list[Any]:
         """The most likely of `answer_list` for each question (BLIP, section 5.3).
 
         The candidates with the most likely first tokens are scored in full; a score is the negative sum of
@@ -207,11 +215,15 @@ class BlipVqa(BlipBase):
 
         Args:
             keys: of the questions.
-            answer_list: candidates.
+            answer_list: candidates, texts or lists of ids.
             num_candidates: k, how many of them are scored in full.
         """
-        tokens = self.word_pieces(answer_list)
-        ids, mask = tokens["text_ids"].to(self.device), tokens["text_mask"].to(self.device)
+        if isinstance(answer_list[0], str):
+            tokens = self.word_pieces(list(answer_list))
+            found = tokens["text_ids"], tokens["text_mask"]
+        else:
+            found = id_rows(answer_list)
+        ids, mask = (part.to(self.device) for part in found)
         begun = self.begin_answers(keys)
         best = shortlist(begun.logits, ids[:, 1], num_candidates)  # (B, k)
         scores = self.score_answers(keys, begun, ids[best], mask[best])

@@ -16,6 +16,7 @@ from blip.layers.masks import causal_mask
 from blip.layers.text import LMHead
 from blip.models.med import Med
 from blip.models.qformer import QFormer
+from blip.models.tokenizer import Ends
 
 
 class TextWriter(ABC):
@@ -122,11 +123,11 @@ class QFormerWriter(TextWriter):
         return self.qformer.step(tokens, position, self.cache)
 
 
-def decoding(word_pieces: Any, use_nucleus_sampling: bool, **how: Any) -> Decoding:
+def decoding(ends: Ends, use_nucleus_sampling: bool, **how: Any) -> Decoding:
     """LAVIS's arguments of `generate` as rules of decoding.
 
     Args:
-        word_pieces: tokenizer; [SEP] ends a text.
+        ends: ids behind a text.
         use_nucleus_sampling: draw with `top_p`, `top_k` and `temperature`, instead of following beams.
         **how: fields of `Decoding`.
     """
@@ -134,8 +135,7 @@ def decoding(word_pieces: Any, use_nucleus_sampling: bool, **how: Any) -> Decodi
         how["num_beams"] = 1
     else:
         how = {key: value for key, value in how.items() if key not in ("top_p", "top_k", "temperature")}
-    ends = {"end_id": word_pieces.sep_id, "pad_id": word_pieces.pad_id}
-    return Decoding(**ends, sample=use_nucleus_sampling, **how)
+    return Decoding(*ends, sample=use_nucleus_sampling, **how)
 
 
 def draws_of(samples: dict[str, Any], num_items: int, seed: int | None, device: torch.device) -> Draws:
@@ -172,6 +172,7 @@ class Captioning(ABC):
     config: Any
     device: torch.device
     word_pieces: Any
+    text_ends: Ends
     sampling_penalty: ClassVar[float] = 1.0
     """Repetition penalty of nucleus sampling."""
 
@@ -194,12 +195,15 @@ class Captioning(ABC):
         top_k: int = 50,
         temperature: float = 1.0,
         seed: int | None = None,
-    ) -> list[str]:
+        return_ids: bool = False,
+    ) -> list[str] | Tensor:
         """Captions, without their prompts.
 
         Args:
             samples: `image` (B, 3, H, W) or `image_embeds`; optional `prompt`, a text or one per picture, in
-                place of the model's own, if it has one; optional `index` (B,), which keys the random numbers.
+                place of the model's own, if it has one, or `prompt_ids` int64 (B, T), its ids, of which [DEC]
+                replaces the first, and `prompt_mask`, padded on the right; optional `index` (B,), which keys
+                the random numbers.
             use_nucleus_sampling: draw tokens, with `top_p`, `top_k` and `temperature`; else follow beams.
             num_beams: captions that are followed at once.
             max_length, min_length: in tokens, those of the prompt and [DEC] included.
@@ -212,6 +216,7 @@ class Captioning(ABC):
             top_k: draw among so many tokens.
             temperature: logits are divided by it before drawing.
             seed: of the random numbers; None takes one of torch's global generator.
+            return_ids: give new ids int64 (B * num_captions, L), padded behind the end, in place of texts.
 
         Returns:
             B * num_captions texts, a picture's together, the best first.
@@ -219,7 +224,7 @@ class Captioning(ABC):
         if repetition_penalty is None:
             repetition_penalty = self.sampling_penalty if use_nucleus_sampling else 1.0
         rules = decoding(
-            self.word_pieces,
+            self.text_ends,
             use_nucleus_sampling,
             num_beams=num_beams,
             num_captions=num_captions,
@@ -234,13 +239,20 @@ class Captioning(ABC):
         )
         writer, rows = self.caption_writer(samples)
         draws = draws_of(samples, rows, seed, self.device) if use_nucleus_sampling else None
-        prompt = samples.get("prompt", getattr(self.config, "prompt", ""))
-        prompt_ids, prompt_mask = self._prompts(prompt, rows)
+        prompt_ids, prompt_mask = self._prompts(samples, rows)
         written = write(writer, prompt_ids, prompt_mask, rules, draws)
-        return self.word_pieces.decode(written.ids)
+        return written.ids if return_ids else self.word_pieces.decode(written.ids)
 
-    def _prompts(self, prompt: str | list[str], rows: int) -> tuple[Tensor, Tensor]:
+    def _prompts(self, samples: dict[str, Any], rows: int) -> tuple[Tensor, Tensor]:
         """Ids and mask (B, T) of prompts without their [SEP]."""
+        if "prompt_ids" in samples:
+            ids = samples["prompt_ids"].expand(rows, -1)
+            mask = samples.get("prompt_mask", torch.ones_like(ids, dtype=torch.bool))
+            return ids, mask.bool().expand(rows, -1)
+        prompt = samples.get("prompt", getattr(self.config, "prompt", ""))
+        if not prompt.strip() if isinstance(prompt, str) else False:  # [DEC] alone
+            start = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
+            return start, torch.ones_like(start, dtype=torch.bool)
         prompts = [prompt] * rows if isinstance(prompt, str) else list(prompt)
         if len(prompts) != rows:
             raise UsageError(f"prompt: {len(prompts)} prompts for {rows} pictures; give one, or one each")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from blip.errors import UsageError
 from blip.models import prompts as ask
-from blip.models.blip2_llm import Blip2Llm, Blip2LlmConfig
+from blip.models.blip2_config import Blip2LlmConfig
+from blip.models.blip2_llm import Asked, Blip2Llm
 from blip.models.blip2_weights import BERT, EVA, LAVIS
 from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, VICUNA_7B, VICUNA_13B
 from blip.models.llm_tokenizer import Side
@@ -56,7 +57,7 @@ class Blip2LlmInstruct(Blip2Llm):
     def predict_class(
         self,
         samples: dict[str, Any],
-        candidates: Sequence[str] | Sequence[Sequence[str]],
+        candidates: Sequence[Any],
         n_segments: int = 1,
         prompt: str | Sequence[str] | None = None,
     ) -> Tensor | list[Tensor]:
@@ -65,8 +66,8 @@ class Blip2LlmInstruct(Blip2Llm):
         Args:
             samples: `image`; optional `prompt`, as of `generate`; optional `text_input`, one text, or a list
                 of texts for a prompt with several places, per picture; optional `context`, `history` (of a
-                dialog) and `caption`, one each.
-            candidates: N texts, or a list of texts for each picture.
+                dialog) and `caption`, one each; or ids in place of the whole prompt (`llm_ids.py`).
+            candidates: N texts, or a list of texts for each picture; lists of ids may stand for texts.
             n_segments: parts in which candidates are scored, to save memory.
             prompt: as of `generate`, with `{}` for `text_input`.
 
@@ -84,7 +85,7 @@ class Blip2LlmInstruct(Blip2Llm):
     def class_scores(
         self,
         samples: dict[str, Any],
-        candidates: Sequence[str] | Sequence[Sequence[str]],
+        candidates: Sequence[Any],
         n_segments: int = 1,
         prompt: str | Sequence[str] | None = None,
     ) -> Tensor | list[Tensor]:
@@ -94,28 +95,33 @@ class Blip2LlmInstruct(Blip2Llm):
             float32 (B, N); of lists of different length a list of (N,).
         """
         samples = {key: value for key, value in samples.items() if key != "ocr_tokens"}
-        prompts = ask.class_prompts(samples, self.prompts(samples, prompt))
-        own = candidates and not isinstance(candidates[0], str)
-        if not candidates or (own and (len(candidates) != len(prompts) or not all(candidates))):
-            raise UsageError(f"candidates: give some texts, or some for each of the {len(prompts)} pictures")
+        asked = self._given(samples)
+        if asked is None:
+            prompts = ask.class_prompts(samples, self.prompts(samples, prompt))
+            asked = self._asked(samples, prompts, prompts)
+        own = bool(candidates) and _of_each_picture(candidates)
+        rows = len(asked.ids)
+        if not candidates or (own and (len(candidates) != rows or not all(candidates))):
+            raise UsageError(f"candidates: give some texts, or some for each of the {rows} pictures")
         if n_segments < 1:
             raise UsageError(f"n_segments: {n_segments} is below 1")
         if not own:
-            return self._in_parts(samples, prompts, list(candidates), n_segments)  # type: ignore[arg-type]
+            return self._scores(asked, candidates, -(-len(candidates) // n_segments))
         found = []
         for row, some in enumerate(candidates):
-            one = {k: v[row : row + 1] if isinstance(v, Tensor | list) else v for k, v in samples.items()}
-            found.append(self._in_parts(one, prompts[row : row + 1], list(some), n_segments)[0])
+            one = Asked(*(part[row : row + 1] for part in asked))
+            found.append(self._scores(one, some, -(-len(some) // n_segments))[0])
         return torch.stack(found) if len({len(scores) for scores in found}) == 1 else found
-
-    def _in_parts(
-        self, samples: dict[str, Any], prompts: list[str], candidates: list[str], n_segments: int
-    ) -> Tensor:
-        return self._scores(samples, prompts, prompts, candidates, -(-len(candidates) // n_segments))
 
     def dialog(self, message: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """A conversation as one prompt: what was said is put in front as of ranking, the first turn bare."""
         return dialog(message, history)
+
+
+def _of_each_picture(candidates: Sequence[Any]) -> bool:
+    """Whether they are lists of candidates; a candidate may itself be a list, of ids."""
+    first = candidates[0]
+    return not isinstance(first, str) and not (len(first) and isinstance(first[0], int))
 
 
 @MODELS.register("blip2_t5_instruct")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from blip.errors import ConfigError, DataError
 from blip.layers.decoding import Decoding, Draws, Generated, candidate_scores, flush_left, generate
+from blip.layers.half import HalfGradients
 from blip.losses import at_least_float32, lm_loss
 from blip.models.llm_build import (
     add_lora,
@@ -31,6 +32,7 @@ from blip.models.llm_build import (
     suit_vocabulary,
 )
 from blip.models.llm_config import LLMConfig, LoraConfig
+from blip.models.llm_ids import specials
 from blip.models.llm_tokenizer import LlmTokenizer
 from blip.models.llm_writer import CausalWriter, Seq2SeqWriter, Writer, logits_at
 from blip.models.narrate import target_rows
@@ -230,7 +232,7 @@ class LanguageModel(nn.Module, ABC):
                 index = torch.arange(len(wanted), device=wanted.device)
             # Additions get their gradients inside, where these are scaled.
             half = self.dtype == torch.float16 and not len(self.lora)
-            keeper = _Gradients() if half else None
+            keeper = HalfGradients() if half else None
             soft = keeper.enter(prefix) if keeper else prefix
             logits = self._logits(self._enter(soft), ids, mask, labels, index)
             logits = at_least_float32(logits)
@@ -389,7 +391,7 @@ class Seq2SeqLM(LanguageModel):
             found = getattr(config, "decoder_start_token_id", None)
             if found is not None:
                 return int(found)
-        return self.tokenizer.pad_id
+        return specials(self).pad_id
 
     def _logits(self, prefix: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         inputs, mask = self._inputs(prefix, ids, mask)
@@ -399,7 +401,7 @@ class Seq2SeqLM(LanguageModel):
             return self.model(
                 inputs_embeds=inputs,
                 attention_mask=mask.long(),
-                decoder_input_ids=before.masked_fill(before == -100, self.tokenizer.pad_id),
+                decoder_input_ids=before.masked_fill(before == -100, specials(self).pad_id),
                 use_cache=False,
             ).logits[0]
 
@@ -415,38 +417,6 @@ class Seq2SeqLM(LanguageModel):
         """What the encoder reads, (B, Q + T, H), and its mask."""
         inputs = torch.cat([prefix, self.model.get_input_embeddings()(ids)], dim=1)
         return inputs, torch.cat([mask.new_ones(prefix.shape[:2]), mask], dim=1)
-
-
-class _Gradients:
-    """Keeps gradients within half precision on their way through the model.
-
-    Where they enter it they are scaled to at most 1, and where they leave it that is undone, both in float32.
-    So what reaches the soft tokens does not depend on the size of the loss, and no scaler is needed.
-    """
-
-    factor: Tensor
-
-    def enter(self, prefix: Tensor) -> Tensor:
-        """The soft tokens on their way in."""
-        if not prefix.requires_grad:
-            return prefix
-        prefix = prefix.view_as(prefix)
-        prefix.register_hook(lambda grad: (grad.float() / self.factor.to(grad.device)).to(grad.dtype))
-        return prefix
-
-    def leave(self, logits: Tensor) -> Tensor:
-        """Logits, float32, on their way out."""
-        if logits.requires_grad:
-            logits = logits.view_as(logits)
-            logits.register_hook(self._scale)
-        return logits
-
-    def _scale(self, grad: Tensor) -> Tensor:
-        largest = grad.abs().amax() if grad.numel() else grad.new_zeros(())
-        usable = (largest > 0) & largest.isfinite()
-        # A power of two, so that the scaling itself rounds nothing.
-        self.factor = torch.exp2(-largest.where(usable, 1.0).log2().ceil())
-        return grad * self.factor
 
 
 def build_llm(llm_model: str | None, config: LLMConfig, data_root: str | Path | None = None) -> LanguageModel:
@@ -466,7 +436,7 @@ def build_llm(llm_model: str | None, config: LLMConfig, data_root: str | Path | 
     """
     hf_config = read_config(llm_model, config, data_root)
     tokenizer = None
-    if "vocab_size" not in config.sizes or llm_model is None:
+    if "vocab_size" not in config.sizes or (llm_model is None and config.tokenizer):
         tokenizer = read_tokenizer(llm_model, config, hf_config.is_encoder_decoder, data_root)
         if llm_model is None:
             suit_vocabulary(hf_config, tokenizer, config.sizes)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from blip.errors import ConfigError, DataError, brief
-from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, UNK
+from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, UNK, id_rows
 from blip.models.vision import find_file
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
@@ -268,12 +268,8 @@ class LlmTokenizer:
 
     def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask (B, T), and the number of each column (1, T)."""
-        longest = max((len(row) for row in rows), default=0)
-        padded = [row + [self.pad_id] * (longest - len(row)) for row in rows]
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        column = torch.arange(longest)[None]
-        ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), longest)
-        return ids, column < lengths[:, None], column
+        ids, mask = id_rows(rows, self.pad_id)
+        return ids, mask, torch.arange(ids.shape[1])[None]
 
     def _surroundings(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and behind a text by itself."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
@@ -19,6 +20,17 @@ EMBEDDED = "scenes"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 DEC, ENC = "[DEC]", "[ENC]"
+
+
+class Ends(NamedTuple):
+    """Ids behind a text."""
+
+    end_id: int
+    pad_id: int
+
+
+BERT_ENDS = Ends(102, 0)
+"""[SEP] and [PAD] of BERT's vocabulary."""
 
 
 class WordPieces:
@@ -69,10 +81,8 @@ class WordPieces:
         encoded = [e.ids for e in self._tokenizer.encode_batch(texts)]
         if max_length is not None:
             encoded = [_cut(ids, max_length, cut) for ids in encoded]
-        lengths = torch.tensor([len(ids) for ids in encoded])
-        longest = int(lengths.max())
-        padded = torch.tensor([ids + [self.pad_id] * (longest - len(ids)) for ids in encoded])
-        return {"text_ids": padded, "text_mask": torch.arange(longest) < lengths[:, None]}
+        ids, mask = id_rows(encoded, self.pad_id)
+        return {"text_ids": ids, "text_mask": mask}
 
     def decode(self, ids: Tensor) -> list[str]:
         """Texts of (B, T) ids, without special tokens."""
@@ -89,6 +99,14 @@ class WordPieces:
                 f"model.tokenizer: {self.source!r} has no {token} token; a BERT-like vocabulary is needed"
             )
         return found
+
+
+def id_rows(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Lists of ids as int64 (B, T), padded on the right, and a mask bool (B, T), True = real token."""
+    longest = max(map(len, rows), default=0)
+    ids = torch.tensor([[*row, *[pad_id] * (longest - len(row))] for row in rows], dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    return ids.view(len(rows), longest), torch.arange(longest) < lengths[:, None]
 
 
 def _cut(ids: list[int], length: int, side: str) -> list[int]:

@@ -306,7 +306,8 @@ def test_prompts_come_from_the_argument_the_samples_or_the_model() -> None:
 def test_questions_stand_in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_stage2("opt", prompt="question: {} answer:").eval()
     seen: list[Any] = []
-    monkeypatch.setattr(model, "_write", lambda samples, *rest: seen.append(rest) or ["red"])
+    monkeypatch.setattr(model, "_asked", lambda samples, *texts: seen.append([*texts]))
+    monkeypatch.setattr(model, "_write", lambda samples, asked, how, *_: seen[-1].append(how) or ["red"])
     samples = {"image": pictures(1), "text_input": ["what ?"]}
     assert model.predict_answers(samples) == ["red"]
     model.predict_answers(samples, prompt="{} short answer:", length_penalty=2.0)
@@ -334,7 +335,7 @@ def test_short_answers_of_encoder_decoders_are_preferred_as_in_lavis(
 ) -> None:
     model = small_stage2(llm)
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(model, "_write", lambda samples, prompts, read, how: seen.append(how) or ["red"])
+    monkeypatch.setattr(model, "_write", lambda samples, asked, how, *_: seen.append(how) or ["red"])
     model.predict_answers({"image": pictures(1), "text_input": "what ?"})
     expected = {"num_beams": 5, "max_length": 10, "min_length": 1, "repetition_penalty": 1.0}
     assert seen == [{**expected, "length_penalty": penalty}]

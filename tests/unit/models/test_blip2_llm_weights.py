@@ -14,7 +14,7 @@ from blip.config.lavis import translate
 from blip.config.schema import SectionError
 from blip.errors import CheckpointError, ConfigError
 from blip.formats.load import load_any
-from blip.models.blip2_llm import Blip2LlmConfig
+from blip.models.blip2_config import Blip2LlmConfig
 from blip.models.blip2_opt import Blip2Opt, Blip2T5
 from blip.weights import save_safetensors
 from tests.reference.small_stage1 import small_model

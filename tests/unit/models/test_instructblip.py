@@ -119,8 +119,9 @@ def test_every_picture_may_have_candidates_of_its_own(llm: str) -> None:
 def test_what_is_known_stands_in_front_of_the_question_as_in_lavis(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     seen: list[list[str]] = []
+    asked = model._asked
     monkeypatch.setattr(
-        model, "_scores", lambda batch, prompts, *rest: seen.append(prompts) or torch.zeros(len(prompts), 2)
+        model, "_asked", lambda batch, texts, read: seen.append(texts) or asked(batch, texts, read)
     )
     batch = samples(
         2,
@@ -157,7 +158,7 @@ def test_its_own_settings_of_generation_are_lavis_s(monkeypatch: pytest.MonkeyPa
         arch = "blip2_llm_instruct" if cls is Blip2LlmInstruct else "blip2_llm"
         model = small_stage2("opt", arch)
         seen: list[dict[str, Any]] = []
-        monkeypatch.setattr(model, "_write", lambda *args, seen=seen: seen.append(args[3]) or [""])
+        monkeypatch.setattr(model, "_write", lambda *args, seen=seen: seen.append(args[2]) or [""])
         model.generate(samples(1))
         model.generate(samples(1), use_nucleus_sampling=True, max_length=9, repetition_penalty=2.0)
         common = {"min_length": 1, "length_penalty": 1.0, "num_captions": 1}
