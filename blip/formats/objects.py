@@ -14,6 +14,10 @@ from blip.errors import UsageError, brief
 from blip.weights import GIVEN
 
 _NOT_SIZES = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype")
+_BESIDE = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
+"""Keys that configurations take without listing them."""
+_ALWAYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+"""Sizes that are said even where they are the default, so that no tokenizer is asked for them."""
 _TOKENIZERS = ("tokenizer", "llm.tokenizer")
 
 
@@ -67,8 +71,10 @@ def _sizes(given: Any) -> Any:
             ) from error
     if not _is_config(given):
         return given
-    sizes = {key: value for key, value in given.to_diff_dict().items() if key not in _NOT_SIZES}
-    return {**sizes, "model_type": given.model_type}
+    plain, changed = type(given)(), given.to_diff_dict()
+    sizes = {k: v for k, v in changed.items() if k not in _NOT_SIZES and (hasattr(plain, k) or k in _BESIDE)}
+    said = {key: getattr(given, key) for key in _ALWAYS if getattr(given, key, None) is not None}
+    return {**said, **sizes, "model_type": given.model_type}
 
 
 def _tokenizer(key: str, given: Any) -> str:
