@@ -48,7 +48,8 @@ def as_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_section(value: Any) -> bool:
-    return is_dataclass(value) and not isinstance(value, type)
+    # Configurations of transformers are dataclasses, too.
+    return is_dataclass(value) and not isinstance(value, type) and not _is_config(value)
 
 
 def _copied(value: Any) -> Any:

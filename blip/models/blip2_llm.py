@@ -424,7 +424,8 @@ class Blip2Llm(Blip2Base):
     @classmethod
     def sizes_of(cls, tensors: Mapping[str, Tensor]) -> Sizes:
         """What weights tell; the language model shows by its width."""
-        return stage2_sizes(tensors, [preset.get("llm_model") for preset in cls.presets.values()])
+        language_models = [preset.get("llm_model") for preset in cls.presets.values()]
+        return stage2_sizes(tensors, language_models, cls.config_class.max_txt_len)
 
     def adopt(self, tensors: dict[str, Tensor]) -> Adopted:
         """Weights of stage 1, or of stage 2 with this or another language model.

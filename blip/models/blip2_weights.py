@@ -35,13 +35,14 @@ _BLIP_TOWERS = ("vit_base", "vit_large")
 _BLIP2_TOWERS = ("eva_clip_g", "clip_L")
 
 
-def stage1_sizes(tensors: Mapping[str, Tensor]) -> Sizes:
+def stage1_sizes(tensors: Mapping[str, Tensor], longest: int = 32) -> Sizes:
     """What names and shapes tell of a configuration, and what they leave open.
 
     Numbers of heads leave no trace in the weights; they are those of the published sizes, or open.
 
     Args:
         tensors: by our names, with or without the tower; others make no sense and give little.
+        longest: text that the model reads; where there are fewer positions, they decide.
     """
     values: dict[str, Any] = {}
     unknown: list[str] = []
@@ -53,6 +54,8 @@ def stage1_sizes(tensors: Mapping[str, Tensor]) -> Sizes:
         if name in tensors:
             values[key] = tensors[name].shape[axis]
     _qformer(tensors, values, unknown)
+    positions = values.get("qformer", {}).get("max_positions", longest)
+    values |= {"max_txt_len": positions} if positions < longest else {}
     _tower(tensors, values, unknown)
     return Sizes(values, unknown)
 
@@ -125,14 +128,17 @@ NO_TEXT = "this Q-Former reads no text; with model.qformer_text_input it does"
 OTHER_LLM = "it speaks to a language model of another width"
 
 
-def stage2_sizes(tensors: Mapping[str, Tensor], language_models: Iterable[str | None] = ()) -> Sizes:
+def stage2_sizes(
+    tensors: Mapping[str, Tensor], language_models: Iterable[str | None] = (), longest: int = 32
+) -> Sizes:
     """What weights of stage 2 or InstructBLIP tell of a configuration.
 
     Args:
         tensors: by our names; of a language model that is not among them only the width shows.
         language_models: names of those that may be meant.
+        longest: as of `stage1_sizes`.
     """
-    values, unknown = stage1_sizes(tensors)
+    values, unknown = stage1_sizes(tensors, longest)
     values.pop("embed_dim", None)
     if "llm_proj.weight" in tensors:  # else they are of stage 1, whose text side may be left out
         values["qformer_text_input"] = any(is_text_side(name) for name in tensors)
