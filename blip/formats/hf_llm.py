@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip.errors import UsageError
+from blip.errors import ConfigError, UsageError
 from blip.formats.hf_blip import BERT, VIT, check_fixed, check_stem
+
+log = logging.getLogger(__name__)
 
 FIXED = {
     "vision_config.hidden_act": "gelu",
@@ -26,11 +29,14 @@ _ROWS_AT_A_TIME = 64
 _NOT_SIZES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 """Keys that configurations take without listing them."""
+_ALWAYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+"""Sizes that are said even where they are the default, so that no tokenizer is asked for them."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder in which InstructBLIP's processor keeps the Q-Former's tokenizer."""
 
-
+BEFORE = "text_before_soft_tokens"
+"""Key of their configuration that keeps our `llm.before`, of which their model knows nothing."""
 IMAGE_TOKEN = "image_token"
 """Beside the values of a configuration: id that stands for a soft token in their texts."""
 
@@ -72,7 +78,6 @@ def values_of_parts(config: Any) -> dict[str, Any]:
 
 def _values(config: Any) -> dict[str, Any]:
     text = config.text_config
-    sizes = {key: value for key, value in text.to_diff_dict().items() if _is_size(key, type(text)())}
     newline = text.model_type == "opt" and text.eos_token_id == _OPT_NEWLINE
     return {
         **values_of_parts(config),
@@ -82,16 +87,20 @@ def _values(config: Any) -> dict[str, Any]:
         "llm_model": None,
         IMAGE_TOKEN: getattr(config, "image_token_index", None),
         "llm": {
-            "sizes": {"model_type": text.model_type, **sizes},
+            "sizes": sizes_of_config(text),
             "half": "bf16" if text.model_type == "t5" else "fp16",
             "end": "\n" if newline else None,
+            "before": getattr(config, BEFORE, ""),
         },
     }
 
 
-def _is_size(key: str, plain: Any) -> bool:
-    """Whether a language model of this kind is built by that key; `plain` is a configuration of its class."""
-    return key not in _NOT_SIZES and (hasattr(plain, key) or key in _SIZES)
+def sizes_of_config(text: Any) -> dict[str, Any]:
+    """A transformers configuration as `model.llm.sizes`: all that its kind of language model is built by."""
+    plain, changed = type(text)(), text.to_diff_dict()
+    sizes = {k: v for k, v in changed.items() if k not in _NOT_SIZES and (hasattr(plain, k) or k in _SIZES)}
+    said = {key: getattr(text, key, None) for key in _ALWAYS if hasattr(plain, key)}
+    return {**{k: v for k, v in said.items() if v is not None}, **sizes, "model_type": text.model_type}
 
 
 def tokenizers(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -173,10 +182,20 @@ def _parts(config: Any, model: Any, name: str, vision_class: Any, qformer_class:
             f"to_hf: the language model is quantised ({config.llm.quantization}); load it with"
             " model.llm.quantization none"
         )
+    before = {}
+    if config.llm.before:
+        before[BEFORE] = config.llm.before
+        log.warning(
+            "to_hf: %s has no place for model.llm.before: put the tokens of %r in front of those that stand"
+            " for soft tokens, in each text",
+            name,
+            config.llm.before,
+        )
     return {
         **parts_of(config, model, name, vision_class, qformer_class),
+        **before,
         "text_config": _text_config(config, model.llm),
-        "image_token_index": _image_token(model.llm),
+        "image_token_index": _image_token(config, model.llm),
     }
 
 
@@ -184,24 +203,38 @@ def _text_config(config: Any, llm: Any) -> Any:
     """The language model's own, with what ends and begins its texts."""
     text = copy.deepcopy(llm.model.config)
     text.dtype = torch.float32
-    if config.llm.end is not None:
-        text.eos_token_id = llm.tokenizer.end_id
-    if llm.tokenizer.lead:
-        text.bos_token_id = llm.tokenizer.lead[0]
-    text.pad_token_id = llm.tokenizer.pad_id
-    if llm.tokenizer.vocab_size >= _rows(llm):  # Vicuna: every row has a word; one more, by 64 at a time
+    tokenizer = _tokenizer(llm)
+    if tokenizer is not None:
+        if config.llm.end is not None:
+            text.eos_token_id = tokenizer.end_id
+        if tokenizer.lead:
+            text.bos_token_id = tokenizer.lead[0]
+        text.pad_token_id = tokenizer.pad_id
+    if _image_token(config, llm) >= _rows(llm):  # Vicuna: every row has a word; one more, by 64 at a time
         text.vocab_size = (_rows(llm) // _ROWS_AT_A_TIME + 1) * _ROWS_AT_A_TIME
     if llm.is_encoder_decoder:
         text.decoder_start_token_id = llm.start_id
     return text
 
 
-def _image_token(llm: Any) -> int:
+def _tokenizer(llm: Any) -> Any:
+    """The language model's tokenizer; None where it cannot be read: its configuration then says all."""
+    try:
+        return llm.tokenizer
+    except ConfigError as error:
+        log.warning("to_hf: special tokens are those of the configuration; %s", error)
+        return None
+
+
+def _image_token(config: Any, llm: Any) -> int:
     """What stands for a soft token in transformers' ids: the first row without a word, or else a new one.
 
     Never the padding: padded texts would then have more soft tokens than there are.
     """
-    return min(llm.tokenizer.vocab_size, _rows(llm))
+    tokenizer, said = _tokenizer(llm), config.llm.image_token
+    if said is not None and (tokenizer is None or said >= tokenizer.vocab_size):  # no word of it
+        return int(said)
+    return _rows(llm) if tokenizer is None else min(tokenizer.vocab_size, _rows(llm))
 
 
 def _rows(llm: Any) -> int:
@@ -220,12 +253,15 @@ def without_image_rows(
     """
     sizes = dict(values.get("llm", {}).get("sizes", {}))
     rows, pad = sizes.get("vocab_size"), sizes.get("pad_token_id")
-    if image_token is None or rows is None or pad is None or not pad < image_token < rows:
+    if image_token is None or rows is None or not 0 <= image_token < rows:
         return dict(values), tensors
+    kept = {**values, "llm": {**values["llm"], "image_token": image_token}}
+    if pad is None or not pad < image_token:
+        return kept, tensors
     long = [n for n in tensors if n.startswith("llm.model.") and tensors[n].shape[:1] == (rows,)]
     added = [bool((tensors[n][image_token:] == tensors[n][pad]).all()) for n in long]
     if not long or not all(added):
-        return dict(values), tensors
+        return kept, tensors
     sizes["vocab_size"] = image_token
     return {**values, "llm": {**values["llm"], "sizes": sizes}}, _Cut(tensors, set(long), image_token)
 

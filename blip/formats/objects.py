@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from blip.errors import UsageError, brief
+from blip.formats.hf_llm import sizes_of_config
 from blip.weights import GIVEN
 
-_NOT_SIZES = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype")
-_BESIDE = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
-"""Keys that configurations take without listing them."""
-_ALWAYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-"""Sizes that are said even where they are the default, so that no tokenizer is asked for them."""
 _TOKENIZERS = ("tokenizer", "llm.tokenizer")
 
 
@@ -72,10 +68,7 @@ def _sizes(given: Any) -> Any:
             ) from error
     if not _is_config(given):
         return given
-    plain, changed = type(given)(), given.to_diff_dict()
-    sizes = {k: v for k, v in changed.items() if k not in _NOT_SIZES and (hasattr(plain, k) or k in _BESIDE)}
-    said = {key: getattr(given, key) for key in _ALWAYS if getattr(given, key, None) is not None}
-    return {**said, **sizes, "model_type": given.model_type}
+    return sizes_of_config(given)
 
 
 def _tokenizer(key: str, given: Any) -> str:

@@ -76,6 +76,9 @@ class LLMConfig(Section):
     """What stands in front of the soft tokens, such as "<|im_start|>", where the language model has only ever
     seen texts that begin so; without it the first soft token is looked at as a beginning is, by everything,
     whatever it tells."""
+    image_token: int | None = None
+    """Id that stands for a soft token in the texts of transformers' model, for `to_hf`; null: the first row
+    without a word, or a new one."""
     activation: str | None = None
     """Activation function instead of the configuration's; LAVIS's FlanT5 models were trained with `gelu`."""
 
@@ -89,6 +92,7 @@ class LLMConfig(Section):
                 found.append(f"device: {self.device!r} is no device; such are cuda:1 and cpu")
         if self.quantization != "none" and self.precision == "fp32":
             found.append("quantization: computes in half precision; set precision to fp16, bf16 or auto")
+        found += self._at_least(0, "image_token")
         if self.end == "":
             found.append("end: empty text ends nothing; give a text, or null for the tokenizer's end token")
         return found

@@ -24,11 +24,12 @@ from transformers import (
 )
 
 import blip
+from blip.convert import convert
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf
 from blip.models.llm_tokenizer import LlmTokenizer
 from blip.models.tokenizer import DEC, WordPieces
-from tests.reference.small_stage2 import ANSWERS, CAPTIONS, LLMS, QUESTIONS
+from tests.reference.small_stage2 import ANSWERS, CAPTIONS, LLMS, QUESTIONS, small_stage2
 
 CLOSE: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5}
 """In float64, but for norms that language models always compute in float32."""
@@ -362,6 +363,42 @@ def test_opt_as_it_was_converted_ends_texts_by_a_newline(tmp_path: Path) -> None
     arch, values = read_folder(tmp_path, ["Blip2ForConditionalGeneration"])
     assert (arch, values["llm"]["end"], values["llm_model"]) == ("blip2_opt", "\n", None)
     assert "tokenizer" not in values["llm"]
+
+
+@pytest.mark.parametrize("arch", CASES)
+def test_a_folder_without_tokenizers_goes_both_ways(arch: str, tmp_path: Path) -> None:
+    their_class, llm = CASES[arch]
+    theirs = make(their_class, llm)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = blip.from_pretrained(tmp_path / "theirs")
+    tokenizer, pieces = tokenizer_of(llm), WordPieces("scenes", (DEC,))
+    reads = pieces(QUESTIONS[:ROWS]) if their_class is INSTRUCT else {}
+    learned = tokenizer.train(QUESTIONS[:ROWS], ANSWERS[:ROWS])
+    batch = {"image": images(), **learned, **reads}
+    torch.testing.assert_close(ours(batch).loss, theirs(**their_inputs(theirs, batch)).loss)
+    ids, mask = tokenizer.prompt(["what color is the circle ?"] * ROWS)  # of one length: nothing is padded
+    samples = {"image": images(), "llm_ids": ids, "llm_mask": mask, **reads}
+    how = {"num_beams": 3, "min_length": 1, "repetition_penalty": 1.0}
+    found = ours.generate(samples, max_length=6, return_ids=True, **how)
+    how = {"do_sample": False, "max_new_tokens": 6, "num_beams": 3, "pad_token_id": tokenizer.pad_id}
+    expected = theirs.generate(**their_inputs(theirs, samples), **how)
+    start = expected.shape[1] - found.shape[1]
+    assert torch.equal(found, expected[:, start:])
+    back = blip.to_hf(ours)
+    assert back.config.image_token_index == theirs.config.image_token_index
+    assert back.config.text_config.eos_token_id == theirs.config.text_config.eos_token_id
+    after = back.state_dict()
+    assert after.keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(after[name], value), name
+
+
+def test_what_stands_before_soft_tokens_comes_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small_stage2("opt", "blip2_opt", vit_model="eva_clip_g", llm={"before": "a star"}).eval()
+    convert(model.save_pretrained(tmp_path / "ours"), tmp_path / "theirs", "hf")
+    assert "put the tokens of 'a star' in front" in caplog.text
+    back = blip.from_pretrained(tmp_path / "theirs")
+    assert back.config.llm.before == "a star"
 
 
 def test_a_qformer_that_reads_is_none_of_blip_2_there(case: tuple[str, Any, Any], tmp_path: Path) -> None:

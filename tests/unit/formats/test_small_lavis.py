@@ -79,5 +79,7 @@ def test_outputs_are_those_of_the_model_that_was_saved(arch: str, tmp_path: Path
 def test_what_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
     model = small("blip2_opt")
     convert(model.save_pretrained(tmp_path / "ours"), tmp_path / "theirs.pth", "lavis", frozen="copy")
-    with pytest.raises(CheckpointError, match=r"do not tell qformer\.num_heads, vit\.heads; give them too, as"):
+    with pytest.raises(
+        CheckpointError, match=r"do not tell qformer\.num_heads, vit\.heads; give them too, as"
+    ):
         blip.from_pretrained(tmp_path / "theirs.pth", arch="blip2_opt")
