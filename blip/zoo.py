@@ -20,7 +20,7 @@ from blip.data.browse import Pairs, open_splits
 from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import to_model
-from blip.formats.hf_llm import without_image_rows
+from blip.formats.hf_llm import with_rows, without_image_rows
 from blip.formats.load import fill
 from blip.formats.objects import as_values
 from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
@@ -297,6 +297,7 @@ def _foreign_config(
             f"'{source.name}': its tensors do not tell {', '.join(open_keys)}; give them too, as in"
             f" {_example(open_keys[0])}"
         )
+    overrides = with_rows(as_values(overrides), weights.tensors)
     if device.type == "cpu":
         overrides = {**cls.on_cpu, **overrides}
     return _config(cls, arch, model_type, found, overrides, preset)

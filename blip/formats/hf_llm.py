@@ -31,6 +31,8 @@ _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 """Keys that configurations take without listing them."""
 _ALWAYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 """Sizes that are said even where they are the default, so that no tokenizer is asked for them."""
+_WORDS = ("embed_tokens.weight", "shared.weight", "wte.weight", "word_embeddings.weight")
+"""What word embeddings are called."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Folder in which InstructBLIP's processor keeps the Q-Former's tokenizer."""
@@ -239,6 +241,24 @@ def _image_token(config: Any, llm: Any) -> int:
 
 def _rows(llm: Any) -> int:
     return int(llm.model.get_input_embeddings().weight.shape[0])
+
+
+def with_rows(overrides: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Overrides with as many rows of words as the weights have: LAVIS adds one for Vicuna's padding.
+
+    Args:
+        overrides: plain values of the section `model`.
+        tensors: by our names, with or without the language model's.
+    """
+    llm = overrides.get("llm")
+    sizes = llm.get("sizes") if isinstance(llm, dict) else None
+    name = next((n for n in tensors if n.startswith("llm.model.") and n.endswith(_WORDS)), None)
+    if name is None or not llm or not sizes or "vocab_size" not in sizes:
+        return overrides
+    rows = len(tensors[name])
+    if rows != sizes["vocab_size"]:
+        log.info("llm.sizes.vocab_size: %d rows of words, as the weights have", rows)
+    return {**overrides, "llm": {**llm, "sizes": {**sizes, "vocab_size": rows}}}
 
 
 def without_image_rows(

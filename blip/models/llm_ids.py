@@ -14,6 +14,7 @@ A mask may be left out where nothing is padded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from blip.errors import ConfigError, UsageError
 from blip.layers.decoding import flush_left
 from blip.models.tokenizer import id_rows
+
+log = logging.getLogger(__name__)
 
 
 class Specials(NamedTuple):
@@ -52,8 +55,11 @@ def specials(llm: Any) -> Specials:
             raise ConfigError(
                 "model.llm.sizes.eos_token_id: nothing says what ends a text; give it, or a tokenizer"
             ) from error
-        begins = begin is not None and not llm.is_encoder_decoder
-        return Specials([begin] if begins and begin is not None else [], end, end if pad is None else pad)
+        if llm.config.end is not None:
+            log.warning("no tokenizer says what %r is: texts end with eos_token_id, %d", llm.config.end, end)
+        begin = {"end": end, "none": None}.get(llm.config.bos, begin)
+        lead = [] if begin is None or llm.is_encoder_decoder else [begin]
+        return Specials(lead, end, end if pad is None else pad)
 
 
 def _first(found: Any) -> int | None:
