@@ -106,6 +106,16 @@ def test_losses_are_lavis_s(golden: dict[str, Any], model: Blip2Qformer, ids: bo
         torch.testing.assert_close(output[name], expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_readme_tells_how_to_compare() -> None:
+    readme = (GOLDEN.parents[3] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Comparing with LAVIS")[1]
+    code = section.split("```python\n")[1].split("```")[0].replace("tests/parity/goldens", str(GOLDEN.parent))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for name in ("loss", "loss_itc", "loss_itm", "loss_lm"):
+        torch.testing.assert_close(names["found"][name].detach(), names["theirs"]["outputs"][name], **CLOSE)
+
+
 def test_the_two_sets_of_losses_differ(golden: dict[str, Any]) -> None:
     plain, soft = golden["outputs"], golden["outputs"]["with_image_id"]
     assert abs(plain["loss_itc"] - soft["loss_itc"]) > 0.1

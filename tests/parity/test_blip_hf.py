@@ -20,12 +20,11 @@ from transformers import (
     BlipVisionConfig,
 )
 
+import blip
 from blip.config.typed import typed_section
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf
 from blip.formats.hf_config import read_folder, to_model
-from blip.layers.decoding import Decoding
-from blip.models.generate import MedWriter, write
 from blip.registry import MODELS
 from blip.weights import load_into, read_weights
 
@@ -219,16 +218,30 @@ def test_generated_captions_are_those_of_transformers(caption: tuple[Any, Any], 
     wanted = theirs.generate(
         pixel_values=images(), input_ids=torch.cat([prompt, prompt[:, :1]], dim=1), do_sample=False, **rules
     )
-    keys = ours.text.image_keys(ours.image_states({"image": images()}))
-    mask = torch.ones_like(prompt, dtype=torch.bool)
-    decoding = Decoding(end_id=SEP, pad_id=0, beam_lengths=ours.config.beam_lengths, **rules)
-    found = write(MedWriter(ours.text, ours.lm_head, keys), prompt, mask, decoding, None)
-    assert _cut(found.ids) == _cut(wanted[:, 3:])
+    found = ours.generate({"image": images(), "prompt_ids": prompt}, return_ids=True, **rules)
+    assert _cut(found) == _cut(wanted[:, 3:])
 
 
-def _cut(ids: Tensor) -> list[list[int]]:
-    """New tokens of each row up to its [SEP]."""
-    return [row[: row.index(SEP) + 1] if SEP in row else row for row in ids.tolist()]
+def test_their_special_ids_may_be_any(tmp_path: Path) -> None:
+    theirs = make(CAPTION)
+    theirs.config.text_config.bos_token_id = theirs.text_decoder.config.bos_token_id = 11
+    theirs.config.text_config.sep_token_id = theirs.text_decoder.config.sep_token_id = 4
+    theirs.save_pretrained(tmp_path)
+    ours = blip.from_pretrained(tmp_path)
+    assert ours.config.special_ids == {"dec": 11, "sep": 4}
+    prompt, rules = torch.tensor([[2, 7]]).repeat(3, 1), {"num_beams": 1, "max_length": 20}
+    wanted = theirs.generate(
+        pixel_values=images(), input_ids=torch.cat([prompt, prompt[:, :1]], dim=1), do_sample=False, **rules
+    )
+    found = ours.generate({"image": images(), "prompt_ids": prompt}, min_length=1, return_ids=True, **rules)
+    assert _cut(found, 4) == _cut(wanted[:, 2:], 4)
+    text = blip.to_hf(ours).config.text_config
+    assert (text.bos_token_id, text.sep_token_id) == (11, 4)
+
+
+def _cut(ids: Tensor, end: int = SEP) -> list[list[int]]:
+    """New tokens of each row up to its end."""
+    return [row[: row.index(end) + 1] if end in row else row for row in ids.tolist()]
 
 
 # Question answering
@@ -331,28 +344,19 @@ def test_generated_answers_are_those_of_transformers(vqa: tuple[Any, Any], num_b
     wanted = theirs.generate(
         pixel_values=images(), input_ids=ids, attention_mask=mask.long(), do_sample=False, **rules
     )
-    keys = ours.question_keys({"image": images(), "text_ids": ids, "text_mask": mask})._replace(mask=None)
-    start = torch.zeros(3, 1, dtype=torch.int64)
-    decoding = Decoding(end_id=SEP, pad_id=0, beam_lengths=ours.config.beam_lengths, **rules)
-    once = torch.ones_like(start, dtype=torch.bool)
-    found = write(MedWriter(ours.answer_decoder, ours.lm_head, keys), start, once, decoding, None)
+    lengths = {"max_len": rules["max_length"], "min_len": rules["min_length"], "num_beams": num_beams}
+    samples = {"image": images(), "text_ids": ids, "text_mask": mask}
+    found = ours.predict_answers(samples, inference_method="generate", return_ids=True, **lengths)
     assert ours.config.generate_attends_padding
-    assert _cut(found.ids) == _cut(wanted[:, 1:])
+    assert _cut(found) == _cut(wanted[:, 1:])
 
 
 # Configurations and back
 
 
 @pytest.mark.parametrize("kind", ["retrieval", "caption", "vqa"])
-def test_what_transformers_gets_of_a_model_is_that_model(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_transformers_gets_of_a_model_is_that_model(kind: str, request: pytest.FixtureRequest) -> None:
     theirs, ours = request.getfixturevalue(kind)
-
-    class Pieces:
-        pad_id, sep_id = 0, SEP
-
-    monkeypatch.setattr(type(ours), "word_pieces", Pieces)
     exported = to_model(ours.config.arch, ours)
     assert type(exported) is type(theirs)
     expected = theirs.state_dict()
