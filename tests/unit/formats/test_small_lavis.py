@@ -83,3 +83,29 @@ def test_what_tensors_do_not_tell_is_asked_for(tmp_path: Path) -> None:
         CheckpointError, match=r"do not tell qformer\.num_heads, vit\.heads; give them too, as"
     ):
         blip.from_pretrained(tmp_path / "theirs.pth", arch="blip2_opt")
+
+
+def test_rows_of_words_are_those_of_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = small("blip2_vicuna_instruct")
+    convert(model.save_pretrained(tmp_path / "ours"), tmp_path / "theirs.pth", "lavis", frozen="copy")
+    how = given("blip2_vicuna_instruct", model)
+    how["llm_model"].vocab_size -= 1  # LAVIS adds a row for the padding to the folder's
+    how["llm"].pop("tokenizer")
+    back = blip.from_pretrained(tmp_path / "theirs.pth", arch="blip2_vicuna_instruct", **how)
+    rows = model.llm.model.get_input_embeddings().weight
+    assert torch.equal(back.llm.model.get_input_embeddings().weight, rows)
+    assert back.config.llm.sizes["vocab_size"] == len(rows)
+
+
+def test_what_ends_a_text_is_said_where_no_tokenizer_knows_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small("blip2_opt")
+    convert(model.save_pretrained(tmp_path / "ours"), tmp_path / "theirs.pth", "lavis", frozen="copy")
+    how = given("blip2_opt", model)
+    del how["llm"]
+    back = blip.from_pretrained(tmp_path / "theirs.pth", arch="blip2_opt", **how)
+    samples = {"image": pictures(1), "llm_ids": torch.tensor([[5, 6]])}
+    back.generate(samples, max_length=3, return_ids=True)
+    end = how["llm_model"].eos_token_id
+    assert f"no tokenizer says what '\\n' is: texts end with eos_token_id, {end}" in caplog.text
