@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 INIT_STD = 0.02
+MOST_ADDED = 1024
+"""Rows that a vocabulary may have more than the weights; beyond that it is another one."""
 
 
 class TextEmbedding(nn.Module):
@@ -28,6 +33,7 @@ class TextEmbedding(nn.Module):
         self.position = nn.Embedding(num_positions, width)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = dropout
+        let_rows_be_added(self.word, "weight")
 
     def forward(self, text_ids: Tensor, start: int | Tensor = 0) -> Tensor:
         length = text_ids.shape[1]
@@ -102,9 +108,32 @@ class LMHead(nn.Module):
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
+        let_rows_be_added(self, "bias")
 
     def forward(self, hidden: Tensor, word_weight: Tensor) -> Tensor:
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_weight, self.bias)
+
+
+def let_rows_be_added(module: nn.Module, name: str) -> None:
+    """Let `module.load_state_dict` take a parameter that lacks the rows of tokens which were added.
+
+    They keep the values that they begin with. A vocabulary with many more rows is another one, and refused.
+
+    Args:
+        module: owner.
+        name: of a parameter whose first dimension is the vocabulary.
+    """
+
+    def complete(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given, own = state.get(prefix + name), getattr(module, name).detach()
+        if given is None or given.shape[1:] != own.shape[1:] or not 0 < len(own) - len(given) <= MOST_ADDED:
+            return
+        log.warning("%s%s: %d rows were added and begin anew", prefix, name, len(own) - len(given))
+        added = own[len(given) :]
+        added = torch.zeros_like(added, device=given.device) if own.is_meta else added.to(given)
+        state[prefix + name] = torch.cat([given, added.to(given.dtype)])
+
+    module.register_load_state_dict_pre_hook(complete)
 
 
 def init_bert(module: nn.Module, std: float = INIT_STD) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from blip.errors import ConfigError
+from blip.errors import CheckpointError, ConfigError
+from blip.formats.load import load_any
+from blip.layers.text import MOST_ADDED
 from blip.models.med import Med
 from tests.reference.small_blip import MODELS, small_blip
 from tests.reference.small_stage1 import IMAGE, small_model
@@ -112,3 +114,22 @@ def test_a_vocabulary_with_spare_rows_trains_and_writes(kind: str, root: Path) -
 def images() -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, IMAGE, IMAGE, generator=random, dtype=torch.double)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "caption"])
+def test_rows_of_added_tokens_begin_anew(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = small_blip(kind)
+    rows = first.text.embedding.word.num_embeddings
+    folder = first.save_pretrained(tmp_path)
+    more = small_blip(kind, vocab_size=rows + 3)
+    new = more.text.embedding.word.weight[rows:].detach().clone()
+    lines = load_any(more, folder)
+    assert "reshaped" in lines[0]
+    assert "3 rows were added and begin anew" in caplog.text
+    words = more.text.embedding.word.weight
+    assert torch.equal(words[:rows], first.text.embedding.word.weight)
+    assert torch.equal(words[rows:], new)
+    assert torch.equal(more.lm_head.bias[:rows], first.lm_head.bias)
+    for other in (rows - 1, rows + MOST_ADDED + 1):
+        with pytest.raises(CheckpointError, match=r"of another shape"):
+            load_any(small_blip(kind, vocab_size=other), folder)
