@@ -37,7 +37,7 @@ class BlipCaption(Captioning, BlipBase):
 
     Shape:
         batch: `image` (B, 3, H, W) or `image_embeds` (B, P, D_image); `text_input` with the prompt, or
-            `text_ids` and `text_mask`.
+            `text_ids` and `text_mask`; with `prompt_ids` (1, T), [CLS] in front, those T are not learned.
         returns: `loss` = `loss_lm`.
     """
 
@@ -72,10 +72,14 @@ class BlipCaption(Captioning, BlipBase):
         ids, mask = batch["text_ids"], batch["text_mask"]
         keys = self.text.image_keys(self.image_states(batch))
         hidden = self.text.decode(ids, mask, [(keys, 1)])
-        labels = decoder_labels(ids, mask, self.prompt_length)
+        labels = decoder_labels(ids, mask, self._unlearned(batch))
         words, smoothing = self.text.embedding.word.weight, self.config.label_smoothing
         loss = caption_loss(hidden, labels, self.lm_head, words, batch, smoothing)
         return Output(loss=loss, loss_lm=loss)
+
+    def _unlearned(self, batch: dict[str, Any]) -> int:
+        """`prompt_length`, or that of the batch's `prompt_ids` (..., T)."""
+        return batch["prompt_ids"].shape[-1] if "prompt_ids" in batch else self.prompt_length
 
     @property
     def prompt_length(self) -> int:
@@ -99,8 +103,8 @@ class BlipCaption(Captioning, BlipBase):
             DataError: a text that does not begin with the prompt; real words would not be learned.
         """
         ids, mask = batch["text_ids"], batch["text_mask"]
-        length = self.prompt_length
-        if length:
+        length = self._unlearned(batch)
+        if length and "prompt_ids" not in batch:
             assert self._prompt_ids is not None
             same = (ids[:, 1:length] == self._prompt_ids[: ids.shape[1] - 1]).all(dim=1)
             if ids.shape[1] < length or not bool(same.all()):

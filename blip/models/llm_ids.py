@@ -5,6 +5,8 @@ With them outputs can be compared without a tokenizer. A batch or samples may ha
     llm_ids, llm_mask          what the language model reads, (B, T), padded on either side: the whole text of
                                training, or the prompt of inference. Where the Q-Former reads no text,
                                `text_ids` and `text_mask` are another name for it
+    prompt_ids                 what texts of training begin with and is not learned, (1, P), where nothing
+                               continues them; else the tokens of `model.prompt`
     output_ids, output_mask    what continues it in training, (B, L), with its end
     llm_labels                 instead, what is learned, as `LlmTokenizer.train` makes it
     text_ids, text_mask        what the Q-Former reads, if it reads
@@ -104,7 +106,11 @@ def learned(batch: Mapping[str, Any], llm: Any, prompt: str, reads: bool) -> dic
         return {"llm_ids": ids, "llm_mask": mask, "llm_labels": output[0].masked_fill(~output[1], -100)}
     if output is not None:
         return _joined((ids, mask), output, specials(llm))
-    known = len(llm.tokenizer.lead + llm.tokenizer.raw([prompt])[0]) if prompt.strip() else 0
+    known = 0
+    if "prompt_ids" in batch:
+        known = batch["prompt_ids"].shape[-1]
+    elif prompt.strip():
+        known = len(llm.tokenizer.lead + llm.tokenizer.raw([prompt])[0])
     column = torch.arange(ids.shape[1], device=ids.device)[None]
     labels = ids.masked_fill(~mask | (column < known), -100)
     return {"llm_ids": ids, "llm_mask": mask, "llm_labels": labels}

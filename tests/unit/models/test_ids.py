@@ -59,6 +59,10 @@ def test_a_text_of_ids_is_learned_like_the_text(kind: str) -> None:
     assert torch.equal(model(image=pictures(2), **also).loss, expected)
     ids, mask = flipped(given["llm_ids"], given["llm_mask"].bool())
     assert torch.equal(model(image=pictures(2), llm_ids=ids, llm_mask=mask).loss, expected)
+    prompt = tokens(model, ["a"], "prompt")["prompt_ids"]
+    model.config.prompt = ""
+    assert not torch.equal(model(image=pictures(2), **given).loss, expected)
+    assert torch.equal(model(image=pictures(2), **given, prompt_ids=prompt).loss, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,6 +186,11 @@ def test_a_caption_s_prompt_may_be_ids() -> None:
     assert model.generate({"image": image, "prompt_ids": ids}, **how) == texts
     found = model.generate({"image": image, "prompt_ids": ids}, **how, return_ids=True)
     assert model.word_pieces.decode(found) == texts
+    learned = {"image": image, "text_input": ["a picture of a red star", "a picture of two"]}
+    expected = model(learned).loss
+    model.config.prompt, model._prompt_ids = "", None
+    assert not torch.equal(model(learned).loss, expected)
+    assert torch.equal(model(learned, prompt_ids=ids).loss, expected)
 
 
 def test_answers_and_candidates_may_be_ids() -> None:
