@@ -323,7 +323,8 @@ def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
     # A part that is trained first and then frozen in a precision of its own has been frozen by now.
     model.on_step(sys.maxsize)
     absent = left_out(weights.tensors, model.freezable)
-    for line in fill(model, weights, f"'{source.name}'", absent):
+    model.load_report = fill(model, weights, f"'{source.name}'", absent)
+    for line in model.load_report:
         log.info("%s", line)
     for prefix in absent:
         load_frozen(model, prefix, source)

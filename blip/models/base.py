@@ -86,6 +86,8 @@ class BlipModel(nn.Module):
         self._word_pieces: WordPieces | None = None
         self.processors = deepcopy(self.default_processors)
         """What turns pictures and texts into this model's input; `config.json` keeps it."""
+        self.load_report: list[str] = []
+        """What became of the names of the weights that were loaded: a line for each part."""
 
     def __call__(self, samples: dict[str, Any] | None = None, /, *args: Any, **more: Any) -> Any:
         """`forward`. What is named and no argument of it joins the samples: `model(image=x, text_ids=y)`."""

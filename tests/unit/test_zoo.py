@@ -315,3 +315,11 @@ def test_processors_need_no_weights() -> None:
     vis, _ = blip.load_preprocess("blip2", "coco")
     assert vis["eval"].image_size == vis["train"].image_size == 364
     assert blip.load_preprocess("blip2", image_size=56)[0]["eval"].image_size == 56
+
+
+def test_what_became_of_the_names_stays_with_the_model(tmp_path: Path) -> None:
+    folder = tiny().save_pretrained(tmp_path)
+    report = blip.from_pretrained(folder, image_size=64).load_report
+    assert "tensors loaded from" in report[0]
+    assert "1 reshaped (vision.vit.pos_embed)" in report[0]
+    assert tiny().load_report == []
