@@ -95,8 +95,8 @@ def local_copy(source: str | Path) -> Path:
             return cached
         raise CheckpointError(
             f"{text} is not on this machine: download it to '{cached}', or anywhere and give its path, as"
-            " model.init_from=PATH to a command or checkpoint=PATH in Python, where pretrained=False builds a"
-            " model with random weights"
+            " model.init_from=PATH to a run, --checkpoint PATH to blip predict, or checkpoint=PATH in Python,"
+            " where pretrained=False builds a model with random weights"
         )
     if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
         return path
