@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from blip import atomic
 from blip.cli import guard, set_up_logging
-from blip.config.files import parse_overrides
+from blip.config.typed import model_overrides
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf, lavis
 from blip.formats.hf_folder import Picture, write_folder
@@ -336,7 +337,7 @@ def _run(args: argparse.Namespace) -> None:
         model_type=args.model_type,
         frozen=args.frozen,
         shard_bytes=_bytes(args.shard_size),
-        **_tree(args.overrides),
+        **model_overrides(args.overrides, signature(convert).parameters),
     )
     if args.keys:
         for line in done.lines:
@@ -355,18 +356,6 @@ def _bytes(text: str) -> int:
     if not found or float(found[1]) <= 0:
         raise UsageError(f"--shard-size {text}: give a size such as 500MB or 5GB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _tree(overrides: Sequence[str]) -> dict[str, Any]:
-    """`vit.depth=4` or `model.vit.depth=4` as nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for path, value in parse_overrides(overrides):
-        *sections, key = path[1:] if path[0] == "model" else path
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
-    return tree
 
 
 if __name__ == "__main__":

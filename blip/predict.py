@@ -6,8 +6,9 @@
     blip predict features photos/ --output features.safetensors --checkpoint output/RUN
     blip predict chat photo.jpg --checkpoint FOLDER
 
-Weights of any of the three layouts are read (`--checkpoint`), or those that LAVIS publishes for `--model`. A
-picture that cannot be read is named and skipped.
+Weights of any of the three layouts are read (`--checkpoint`), or those that LAVIS publishes for `--model`;
+what their tensors cannot tell is given by `--set key=value`. A picture that cannot be read is named and
+skipped.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from blip.cli import guard, import_modules, set_up_logging
+from blip.config.typed import model_overrides
+from blip.data.samples import BadRecord, read_image
 from blip.errors import DataError, UsageError
 from blip.registry import MODELS
 from blip.weights import save_safetensors
@@ -44,19 +47,21 @@ DEFAULTS = {
 NEEDS = {
     "caption": "generate",
     "vqa": "predict_answers",
-    "match": "compute_itm",
+    "match": "forward",
     "features": "extract_features",
     "chat": "chat",
 }
 """Task -> the method that a model needs for it."""
 RELATIVES = {
-    ("blip", "caption"): "blip_caption",
-    ("blip", "match"): "blip_image_text_matching",
-    ("blip", "features"): "blip_feature_extractor",
+    ("blip_pretrain", "caption"): "blip_caption",
+    ("blip_pretrain", "match"): "blip_image_text_matching",
+    ("blip_retrieval", "match"): "blip_image_text_matching",
+    ("blip_pretrain", "features"): "blip_feature_extractor",
+    ("blip_retrieval", "features"): "blip_feature_extractor",
     ("blip2", "match"): "blip2_image_text_matching",
-    ("blip2", "features"): "blip2_feature_extractor",
+    ("blip2_feature_extractor", "match"): "blip2_image_text_matching",
 }
-"""Family and task -> the model that does it with weights that were trained for something else."""
+"""Model and task -> the model that does it with the same weights, all of whose parts are among them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="registry name; default: that of the checkpoint, else the task's")
     add("--model-type", metavar="TYPE", help="such as base_coco or pretrain_opt2.7b")
     add("--checkpoint", metavar="WEIGHTS", help="run folder, LAVIS's .pth, Hugging Face folder or hub id")
+    text = "key of the section model that tensors cannot tell, such as vit.heads=12; may be repeated"
+    add("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=text)
     add("--device", help="default: cuda if there is one, else cpu")
     add("--batch-size", type=int, default=8, help="pictures at once; default: 8")
     add("--json", action="store_true", help="one JSON object a line")
@@ -117,11 +124,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> None:
     import_modules(args.imports)
+    files = list(_files(args.images))
+    _check(args, files)
+    taken = {*signature(from_pretrained).parameters, *signature(load_model).parameters}
+    overrides = model_overrides(args.overrides, taken)
+    model = model_for(args.task, args.model, args.model_type, args.checkpoint, args.device, **overrides)
+    _Job(args, model, files).run()
+
+
+def _check(args: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Raise UsageError for what cannot be done, before anything large is read."""
     if args.batch_size < 1:
         raise UsageError(f"--batch-size: {args.batch_size} is below 1")
-    files = list(_files(args.images))
-    model = model_for(args.task, args.model, args.model_type, args.checkpoint, args.device)
-    _Job(args, model, files).run()
+    if args.task == "chat" and len(files) != 1:
+        raise UsageError(f"chat: one picture, not {len(files)}")
+    if args.task == "features":
+        texts = args.text or ()
+        if len(texts) not in (0, 1, len(files)):
+            raise UsageError(
+                f"--text: {len(texts)} texts; give one, or one for each of the {len(files)} pictures"
+            )
+        if args.mode in ("text", "multimodal") and not texts:
+            raise UsageError(f"--mode {args.mode} needs --text")
+        twice = next((file for number, file in enumerate(files) if file in files[:number]), None)
+        if twice is not None:
+            raise UsageError(f"features: '{twice}' is given twice; features are named by their pictures")
+        if not Path(args.output).absolute().parent.is_dir():
+            raise UsageError(f"--output {args.output}: there is no such folder; make it first")
 
 
 def model_for(
@@ -130,6 +159,7 @@ def model_for(
     model_type: str | None = None,
     checkpoint: str | None = None,
     device: str | None = None,
+    **overrides: Any,
 ) -> Any:
     """The model for a task; weights that were trained for another one become that of its relative.
 
@@ -138,6 +168,7 @@ def model_for(
         name, model_type: registry name and preset; None: those of the checkpoint, else the task's own.
         checkpoint: as `from_pretrained` takes it; None: the published weights.
         device: None: a GPU if there is one.
+        **overrides: configuration values, as of `from_pretrained`.
 
     Raises:
         UsageError: the model cannot do it.
@@ -145,16 +176,25 @@ def model_for(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if checkpoint is None:
-        model = load_model(name or DEFAULTS[task], model_type, True, device)
+        model = load_model(name or DEFAULTS[task], model_type, True, device, **overrides)
     else:
-        model = from_pretrained(checkpoint, device, True, name, model_type)
-        other = RELATIVES.get((model.config.arch.partition("_")[0], task))
-        if name is None and not hasattr(model, NEEDS[task]) and other:
-            model = from_pretrained(checkpoint, device, True, other, model_type)
-    if not hasattr(model, NEEDS[task]):
-        able = [known for known in MODELS.names() if hasattr(MODELS.get(known), NEEDS[task])]
-        raise UsageError(f"{task}: {model.config.arch} cannot do that; choose --model from {', '.join(able)}")
+        model = from_pretrained(checkpoint, device, True, name, model_type, **overrides)
+        other = RELATIVES.get((model.config.arch, task))
+        if name is None and other and not _can(model, task):
+            model = from_pretrained(checkpoint, device, True, other, model_type, **overrides)
+    if not _can(model, task):
+        able = [known for known in MODELS.names() if _can(MODELS.get(known), task)]
+        raise UsageError(
+            f"{task}: {model.config.arch} cannot do that; give weights (--checkpoint) or the name (--model)"
+            f" of one that can: {', '.join(able)}"
+        )
     return model
+
+
+def _can(model: Any, task: str) -> bool:
+    method = getattr(model, NEEDS[task], None)
+    # Every model has a `forward`; that of a judge of pairs chooses a head, others train.
+    return method is not None and (task != "match" or "match_head" in signature(method).parameters)
 
 
 def _files(given: Sequence[str]) -> Iterator[Path]:
@@ -194,22 +234,21 @@ class _Job:
 
     def _batches(self, size: int | None = None) -> Iterator[tuple[list[Path], dict[str, Any]]]:
         """Some files, and the sample dictionary of their pictures."""
-        files: list[Path] = []
-        pictures: list[Tensor] = []
+        found: list[tuple[Path, int, Tensor]] = []
         for number, file in enumerate(self.files):
             try:
-                with Image.open(file) as image:
-                    pictures.append(self.pictures["eval"](image.convert("RGB")))
-                files.append(file)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                # As training reads them: 16-bit greys are scaled, and no format is read that runs programs.
+                found.append((file, number, self.pictures["eval"](read_image(file, str(file)))))
+            except BadRecord as error:
                 self.skipped += 1
-                log.warning("'%s' is skipped: %s", file, error)
-            full = len(files) == (size or self.args.batch_size)
-            if files and (full or number + 1 == len(self.files)):
-                yield files, {"image": torch.stack(pictures).to(self.model.device)}
-                files, pictures = [], []
-        if files:  # the last one could not be read
-            yield files, {"image": torch.stack(pictures).to(self.model.device)}
+                log.warning("'%s' is skipped: %s (%s)", file, error.cause, error.detail)
+            full = len(found) == (size or self.args.batch_size)
+            if found and (full or number + 1 == len(self.files)):
+                files, numbers, pictures = zip(*found, strict=True)
+                # What is drawn for a picture depends on its number, not on its place in the batch.
+                index = torch.tensor(numbers)
+                yield list(files), {"image": torch.stack(pictures).to(self.model.device), "index": index}
+                found = []
 
     def _say(self, file: Path, **found: Any) -> None:
         if self.args.json:
@@ -240,7 +279,7 @@ class _Job:
         how: dict[str, Any] = {"inference_method": "rank" if args.answer else "generate"}
         how |= {"answer_list": args.answer} if args.answer else {}
         how |= {"prompt": args.prompt} if args.prompt is not None else {}
-        how |= {"num_beams": args.num_beams} if args.num_beams else {}
+        how |= {"num_beams": args.num_beams} if args.num_beams is not None else {}
         for files, samples in self._batches():
             for question in args.question:
                 asked = {**samples, "text_input": [self.texts["eval"](question)] * len(files)}
@@ -263,11 +302,7 @@ class _Job:
     def _features(self) -> None:
         args = self.args
         texts = list(args.text or ())
-        if len(texts) not in (0, 1, len(self.files)):
-            raise UsageError(f"--text: give one, or one for each of the {len(self.files)} pictures")
         mode = args.mode or ("multimodal" if texts else "image")
-        if mode != "image" and not texts:
-            raise UsageError(f"--mode {mode} needs --text")
         if len(texts) == 1:
             texts *= len(self.files)
         of = dict(zip(self.files, texts, strict=True)) if texts else {}
@@ -283,11 +318,13 @@ class _Job:
             return
         save_safetensors(found, args.output, {"mode": mode, "arch": self.model.config.arch})
         for name, tensor in found.items():
-            print(f"{name}\t{tuple(tensor.shape)}")
+            file, _, feature = name.rpartition("/")
+            if args.json:
+                self._say(Path(file), feature=feature, shape=list(tensor.shape))
+            else:
+                print(f"{name}\t{tuple(tensor.shape)}")
 
     def _chat(self) -> None:
-        if len(self.files) != 1:
-            raise UsageError(f"chat: one picture, not {len(self.files)}")
         given = self._writing()
         for _, samples in self._batches():
             history: list[tuple[str, str]] = []

@@ -249,6 +249,8 @@ def identify(
     cls = MODELS.get(arch)
     if source.own:
         model_type = model_type or values.get("model_type", "")
+        if values.get("arch", arch) != arch:  # a relative, which has no place for some of it
+            values = {key: value for key, value in values.items() if key in fields_of(cls)}
         config = _config(cls, arch, model_type, values, overrides, preset={})  # the values are complete
     else:
         config = _foreign_config(source, weights, cls, arch, model_type, device, overrides)

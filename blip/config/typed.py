@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blip.config.files import Recipe
-from blip.config.load import _Loader, keys_of, report
+from blip.config.files import Recipe, parse_overrides
+from blip.config.load import _Loader, _Values, keys_of, report
 from blip.errors import ConfigError
 
 T = TypeVar("T")
@@ -37,3 +37,25 @@ def typed_section(
     if built is None:
         raise ConfigError(report(origin, loader.problems))
     return built
+
+
+def model_overrides(overrides: Iterable[str], taken: Collection[str] = ()) -> dict[str, Any]:
+    """`vit.depth=4` or `model.vit.depth=4` of a command line as nested dictionaries.
+
+    Args:
+        overrides: as of `parse_overrides`; a later one wins, sections are laid over each other.
+        taken: keys that the command has arguments of its own for.
+
+    Raises:
+        ConfigError: no override, or a key that is taken.
+    """
+    values = _Values()
+    for path, value in parse_overrides(overrides):
+        inner = path[1:] if path[0] == "model" and len(path) > 1 else path
+        if inner[0] in taken:
+            raise ConfigError(
+                f"command line: {inner[0]!r} is no key to override here; the command has an argument for it"
+                " (--help)"
+            )
+        values.put(inner, value, "command line")
+    return values.tree()

@@ -26,7 +26,10 @@ _OPT_NEWLINE = 50118
 """What ends a text of OPT in BLIP-2, in transformers by its number."""
 _ROWS_AT_A_TIME = 64
 """transformers' own conversion of InstructBLIP adds rows of words by that many."""
-_NOT_SIZES = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
+_NOT_SIZES = (
+    *("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"),
+    *("id2label", "label2id", "quantization_config"),
+)
 _SIZES = ("tie_word_embeddings", "decoder_start_token_id", "dense_act_fn")
 """Keys that configurations take without listing them."""
 _ALWAYS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")

@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,20 @@ def as_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
     the package tokenizers, which is written to a folder that lasts as long as this process.
 
     Raises:
-        UsageError: a folder without a configuration, or an object that is no tokenizer.
+        UsageError: a folder without a configuration, or an object of another kind.
     """
-    values = {key: asdict(v) if _is_section(v) else _copied(v) for key, v in overrides.items()}
-    if _is_config(values.get("llm_model")):
-        llm = values.setdefault("llm", {})
-        llm.setdefault("sizes", values["llm_model"])
+    values = {key: _plain(value) for key, value in overrides.items()}
+    model = values.get("llm_model")
+    if _is_config(model):
+        llm = values.get("llm") or {}
+        if isinstance(llm, dict):  # anything else is refused as a section
+            values["llm"] = {**llm, "sizes": llm.get("sizes") or model}
         values["llm_model"] = None
+    elif not isinstance(model, str | Path | None):
+        raise UsageError(
+            f"llm_model: a {type(model).__name__} is no language model here; give a name, a folder, or a"
+            " configuration of transformers"
+        )
     llm = values.get("llm")
     if isinstance(llm, dict) and "sizes" in llm:
         llm["sizes"] = _sizes(llm["sizes"])
@@ -43,13 +50,11 @@ def as_values(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _is_section(value: Any) -> bool:
-    # Configurations of transformers are dataclasses, too.
-    return is_dataclass(value) and not isinstance(value, type) and not _is_config(value)
-
-
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+def _plain(value: Any) -> Any:
+    """Sections as dictionaries; a configuration of transformers, which is a dataclass too, stays."""
+    if is_dataclass(value) and not isinstance(value, type) and not _is_config(value):
+        return {part.name: _plain(getattr(value, part.name)) for part in fields(value)}
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _is_config(value: Any) -> bool:
@@ -66,23 +71,29 @@ def _sizes(given: Any) -> Any:
             raise UsageError(
                 f"llm.sizes: '{given}' is no folder with a config.json ({brief(error)})"
             ) from error
-    if not _is_config(given):
+    if isinstance(given, dict):
         return given
+    if not _is_config(given):
+        raise UsageError(
+            f"llm.sizes: a {type(given).__name__} says no sizes; give a dictionary, a folder, or a"
+            " configuration of transformers"
+        )
     return sizes_of_config(given)
 
 
 def _tokenizer(key: str, given: Any) -> str:
     if isinstance(given, str | Path):
         return str(given)
-    folder = Path(tempfile.mkdtemp(prefix=GIVEN))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if hasattr(given, "save_pretrained"):
-        given.save_pretrained(folder)
-    elif hasattr(given, "encode_batch") and hasattr(given, "save"):
-        given.save(str(folder / "tokenizer.json"))
-    else:
+    theirs = hasattr(given, "save_pretrained") and hasattr(given, "convert_tokens_to_ids")
+    if not theirs and not (hasattr(given, "encode_batch") and hasattr(given, "save")):
         raise UsageError(
             f"{key}: a {type(given).__name__} is no tokenizer; give a name, a folder, or a tokenizer of"
             " transformers or tokenizers"
         )
+    folder = Path(tempfile.mkdtemp(prefix=GIVEN))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if theirs:
+        given.save_pretrained(folder)
+    else:
+        given.save(str(folder / "tokenizer.json"))
     return str(folder)

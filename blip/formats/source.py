@@ -19,7 +19,7 @@ from blip.formats.hf_llm import IMAGE_TOKEN
 from blip.formats.rules import Line, Omit, Table
 from blip.weights import CHECKPOINT_FOLDER, MODEL_FOLDER, find_weights
 
-HUB_FILES = ("*.json", "*.txt", "*.safetensors")
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 PICKLES = ("*.bin", "*.pth", "*.pt")
 """Fetched only where a repository has no safetensors; read with `weights_only`, so they run no code."""
 
@@ -95,8 +95,8 @@ def local_copy(source: str | Path) -> Path:
             return cached
         raise CheckpointError(
             f"{text} is not on this machine: download it to '{cached}', or anywhere and give its path, as"
-            " model.init_from=PATH to a command or checkpoint=PATH in Python, where pretrained=False builds a"
-            " model with random weights"
+            " model.init_from=PATH to a run, --checkpoint PATH to blip predict, or checkpoint=PATH in Python,"
+            " where pretrained=False builds a model with random weights"
         )
     if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
         return path
@@ -217,7 +217,7 @@ def _beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     found |= {"llm": dict(llm)} if isinstance(llm, dict) else {}
     for section, name in ((found, "./tokenizer"), (found.get("llm"), "./llm_tokenizer")):
         if isinstance(section, dict) and section.get("tokenizer") == name:
-            section["tokenizer"] = str(folder / name)
+            section["tokenizer"] = str((folder / name).absolute())
     return found
 
 

@@ -384,9 +384,9 @@ class BlipModel(nn.Module):
         """
         config = {**asdict(self.config), "arch": self._arch()}
         for section, name in ((config, "tokenizer"), (config.get("llm") or {}, "llm_tokenizer")):
-            place = section.get("tokenizer")
-            if place is not None and Path(place).name.startswith(GIVEN):  # it goes when this process ends
-                shutil.copytree(place, folder / name, dirs_exist_ok=True)
+            if (place := _carried(section.get("tokenizer"), name)) is not None:
+                if place.resolve() != (folder / name).resolve():
+                    shutil.copytree(place, folder / name, dirs_exist_ok=True)
                 section["tokenizer"] = f"./{name}"
         description = {
             "format": FORMAT,
@@ -396,3 +396,13 @@ class BlipModel(nn.Module):
             "processors": self.processors,
         }
         atomic.write_text(folder / CONFIG_FILE, json.dumps(description, indent=2) + "\n")
+
+
+def _carried(tokenizer: str | None, name: str) -> Path | None:
+    """The folder of a tokenizer that goes along with the weights, which would not find it otherwise.
+
+    It was given as an object, and goes when this process ends; or it came along with other weights.
+    """
+    place = Path(tokenizer or "")
+    beside = place.name == name and (place.parent / CONFIG_FILE).is_file()
+    return place if place.name.startswith(GIVEN) or beside else None

@@ -340,7 +340,11 @@ def _load(source: str, data_root: str | Path | None) -> Any:
             name = str(alone)
         if name.endswith(".json"):
             return _bare(PreTrainedTokenizerFast, name)
-        return _without_image(AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
+        found = _without_image(AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
+        # Of a config.json alone it makes one that knows special tokens, and T5's the mark of a space.
+        if not {*found.get_vocab()} - {*found.get_added_vocab(), "\u2581"}:
+            raise ValueError("there is no vocabulary")
+        return found
     except Exception as error:  # tokenizers raises plain Exception, the hub client errors of many packages
         raise ConfigError(
             f"model.llm.tokenizer: no tokenizer {source!r} on disk, in the Hugging Face cache or on its hub"

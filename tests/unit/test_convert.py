@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 import blip
-from blip.convert import convert
+from blip.convert import convert, main
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf, lavis
 from blip.models.vision import VisionConfig
@@ -153,6 +154,17 @@ def test_by_command(stage1: Path, tmp_path: Path) -> None:
 def test_a_target_that_makes_no_sense(to: Any, out: str, told: str, stage1: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=told):
         convert(stage1, tmp_path / out, to)
+
+
+def test_what_an_argument_says_is_no_override(
+    stage1: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would meet the argument of the same name, and end in a traceback."""
+    log = logging.getLogger("blip")  # a command sets it up for a process of its own
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    assert main([str(stage1), "x.pth", "--to", "lavis", "model.arch=blip2"]) == 2
+    assert "'arch' is no key to override here" in capsys.readouterr().err
 
 
 def test_a_key_that_nobody_knows_is_named(stage1: Path, tmp_path: Path) -> None:
