@@ -20,7 +20,7 @@ from blip.batch import Output
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, ConfigError, UsageError, brief, hint
 from blip.models.card import card
-from blip.models.tokenizer import BERT_ENDS, DEC, Ends, WordPieces
+from blip.models.tokenizer import BERT_ENDS, DEC, ROWS, Ends, WordPieces
 from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
 from blip.weights import GIVEN, save_safetensors
@@ -173,6 +173,13 @@ class BlipModel(nn.Module):
                     f"{error}; for texts as ids, model.special_ids.sep says what ends them"
                 ) from error
             return BERT_ENDS
+
+    def vocabulary(self) -> int:
+        """Rows of word embeddings: `vocab_size`, or those of the tokenizer, which are known of BERT's."""
+        config, known = self.config, ROWS.get(self.config.tokenizer)
+        if config.vocab_size is not None:
+            return int(config.vocab_size)
+        return known + len(self.added_tokens) if known else self.word_pieces.vocab_size
 
     def take_ids(self, word_pieces: WordPieces) -> None:
         """Told of the tokenizer when it is read: its added tokens may stand before other rows."""

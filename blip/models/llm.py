@@ -172,7 +172,11 @@ class LanguageModel(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # All of `to`, `cuda`, `float` ... come here; only where to go is taken from them.
-        self._settle(fn(torch.empty(0, device=self.device if not self._sketch else "cpu")).device)
+        device = fn(torch.empty(0, device=self.device if not self._sketch else "cpu")).device
+        if self._sketch and device.type == "meta":  # it is there, and needs no values
+            self._settled = True
+        else:
+            self._settle(device)
         return self
 
     @property

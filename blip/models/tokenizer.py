@@ -22,6 +22,10 @@ PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 DEC, ENC = "[DEC]", "[ENC]"
 
 
+ROWS = {"bert-base-uncased": 30522, "bert-base-cased": 28996, "bert-large-uncased": 30522}
+"""Published vocabulary -> its pieces, so that a model is built without reading it."""
+
+
 class Ends(NamedTuple):
     """Ids behind a text."""
 
