@@ -196,6 +196,10 @@ class Table:
         names = list(names)
         return all(any(name.startswith(part) for name in names) for part in self.needs)
 
+    def knows(self, names: Iterable[str]) -> bool:
+        """Whether there is a rule for each of these names; `ours` says what is wrong where there is not."""
+        return all(any(pattern.fullmatch(name) for pattern, _ in self._theirs) for name in names)
+
     def to_ours(self, state: State) -> Conversion:
         """Foreign weights under our names; raises what `ours` and reading it raise."""
         return _all_of(self.ours(state))

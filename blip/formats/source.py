@@ -136,6 +136,8 @@ def recognise(
         )
     tables = [(other, table) for other in known for table in _tables(module.TABLES[other])]
     fitting = [(other, table) for other, table in tables if table.is_about(tensors)] or tables
+    # To say what is nearest to unknown names takes a table a good part of a second.
+    fitting = [(other, table) for other, table in fitting if table.knows(tensors)] or fitting
     failures = []
     for other, table in fitting:
         try:

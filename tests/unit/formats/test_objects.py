@@ -77,16 +77,13 @@ def assert_same(model: Any, expected: Any) -> None:
     assert model.generate(samples, max_length=8) == expected.generate(samples, max_length=8)
 
 
-@pytest.mark.parametrize("how", ["objects", "folders", "paths", "section", "of tokenizers"])
+@pytest.mark.parametrize("how", ["objects", "folders", "section", "of tokenizers"])
 def test_parts_are_what_names_and_sizes_are(parts: dict[str, Any], how: str) -> None:
     place, config, words, pieces = (parts[key] for key in ("place", "config", "words", "pieces"))
     if how == "objects":
         model = load(parts, {**NAMED, "tokenizer": words}, llm_model=config, tokenizer=pieces)
     elif how == "folders":
-        llm = {**NAMED, "sizes": str(place / "config"), "tokenizer": str(place / "words")}
-        model = load(parts, llm, llm_model=None, tokenizer=str(place / "pieces"))
-    elif how == "paths":
-        llm = {**NAMED, "sizes": place / "config", "tokenizer": place / "words"}
+        llm = {**NAMED, "sizes": place / "config", "tokenizer": str(place / "words")}
         model = load(parts, llm, llm_model=None, tokenizer=place / "pieces")
     elif how == "section":
         llm = LLMConfig(sizes=config, tokenizer=words)

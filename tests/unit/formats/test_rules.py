@@ -164,3 +164,10 @@ def test_a_rest_spans_dots() -> None:
     assert list(table.to_theirs(ours).state) == ["lm.layers.0.fc.weight", "lm.head"]
     with pytest.raises(CheckpointError, match="no rule for 'lm'"):
         table.to_ours({"lm": torch.ones(1)})
+
+
+def test_a_table_knows_the_names_that_it_has_rules_for() -> None:
+    assert TABLE.knows(theirs())
+    assert TABLE.knows(["counter"])
+    assert not TABLE.knows([*theirs(), "block.0.fc.scale"])
+    assert not TABLE.knows(["temp"])  # ours only
