@@ -26,6 +26,7 @@ class TextWriter(ABC):
         lm_head: states -> logits.
         words: (V, D), the word embeddings.
         dec_id: id of [DEC], with which texts begin.
+        num_positions: tokens that a text may have.
     """
 
     cache: TokenCache
@@ -33,8 +34,9 @@ class TextWriter(ABC):
     """int64 (B,), place of each item's next token in its text."""
     copies: int
 
-    def __init__(self, lm_head: LMHead, words: Tensor, dec_id: int) -> None:
+    def __init__(self, lm_head: LMHead, words: Tensor, dec_id: int, num_positions: int) -> None:
         self.lm_head, self.words, self.dec_id = lm_head, words, dec_id
+        self.num_positions = num_positions
 
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
         """Read the prompts (B, T), padded on the right. -> logits (B, V)."""
@@ -76,7 +78,8 @@ class MedWriter(TextWriter):
     """
 
     def __init__(self, text: Med, lm_head: LMHead, keys: ImageKeys) -> None:
-        super().__init__(lm_head, text.embedding_of("decode").word.weight, text.dec_id)
+        own = text.embedding_of("decode")
+        super().__init__(lm_head, own.word.weight, text.dec_id, own.position.num_embeddings)
         self.text, self.keys = text, keys
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, TokenCache]:
@@ -106,7 +109,8 @@ class QFormerWriter(TextWriter):
     """
 
     def __init__(self, qformer: QFormer, lm_head: LMHead, dec_id: int, queries: list[KeyValue]) -> None:
-        super().__init__(lm_head, qformer.embedding.word.weight, dec_id)
+        own = qformer.embedding
+        super().__init__(lm_head, own.word.weight, dec_id, own.position.num_embeddings)
         self.qformer, self.queries = qformer, queries
 
     def read(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, TokenCache]:
@@ -160,7 +164,15 @@ def write(
     rules: Decoding,
     draws: Draws | None,
 ) -> Generated:
-    """Continue prompts (B, T), whose first ids are replaced by [DEC]."""
+    """Continue prompts (B, T), whose first ids are replaced by [DEC].
+
+    Raises:
+        UsageError: a text could become longer than the positions that there are.
+    """
+    if rules.max_length > writer.num_positions:
+        raise UsageError(
+            f"max_length: {rules.max_length}, where texts have at most {writer.num_positions} positions"
+        )
     first = torch.full_like(prompt_ids[:, :1], writer.dec_id)
     prompt_ids = torch.cat([first, prompt_ids[:, 1:]], dim=1)
     return generate(writer, prompt_ids, prompt_mask, rules, draws)

@@ -262,3 +262,12 @@ def test_special_ids_are_saved(tmp_path: Path) -> None:
     assert back.text.dec_id == 7
     assert back.text_ends == (8, 0)
     assert asdict(back.config)["special_ids"] == {"dec": 7, "sep": 8}
+
+
+def test_longer_texts_than_there_are_positions_are_refused() -> None:
+    model = small_blip("caption").float().eval()  # 16 positions
+    samples = {"image": pictures(1), "prompt_ids": torch.tensor([[0]])}
+    model.config.special_ids = {"sep": 1}
+    model.generate(samples, max_length=16, min_length=16, return_ids=True)
+    with pytest.raises(UsageError, match="max_length: 17, where texts have at most 16 positions"):
+        model.generate(samples, max_length=17)
