@@ -19,7 +19,7 @@ from blip.batch import Output
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, ConfigError, UsageError, brief, hint
 from blip.models.card import card
-from blip.models.tokenizer import DEC, WordPieces
+from blip.models.tokenizer import DEC, WordPieces, known_rows
 from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
 from blip.weights import GIVEN, save_safetensors
@@ -141,6 +141,13 @@ class BlipModel(nn.Module):
                 )
             self.take_ids(self._word_pieces)
         return self._word_pieces
+
+    @property
+    def word_rows(self) -> int:
+        """Rows of the word embeddings: `vocab_size`, else the tokenizer's, by its name if that tells."""
+        config = self.config
+        known = config.vocab_size or known_rows(config.tokenizer, self.added_tokens, self._data_root)
+        return known or self.word_pieces.vocab_size
 
     def take_ids(self, word_pieces: WordPieces) -> None:
         """Told of the tokenizer when it is read: its added tokens may stand before other rows."""
