@@ -18,6 +18,7 @@ _PUBLIC = {
     "from_pretrained": "blip.zoo",
     "to_hf": "blip.zoo",
     "load_dataset": "blip.zoo",
+    "model_zoo": "blip.models.published",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -19,12 +19,24 @@ from blip.config.typed import typed_section
 from blip.data.browse import Pairs, open_splits
 from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
-from blip.formats.hf_config import to_model
+from blip.formats.hf_config import as_lavis, to_model
 from blip.formats.hf_llm import with_rows, without_image_rows
 from blip.formats.load import fill
 from blip.formats.objects import as_values
-from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
+from blip.formats.source import (
+    Recognised,
+    Source,
+    cached_snapshot,
+    downloaded,
+    left_out,
+    not_here,
+    open_copy,
+    open_source,
+    recognise,
+    torch_cache,
+)
 from blip.models.base import BlipModel
+from blip.models.published import model_zoo
 from blip.registry import MODELS
 from blip.weights import read_weights
 
@@ -58,8 +70,10 @@ def load_model(
         is_eval: set evaluation mode.
         device: where to put it. With `pretrained=False`, `meta` gives sizes without memory, in seconds.
         checkpoint: weights to load, as `from_pretrained` takes them.
-        pretrained: without `checkpoint`, load the weights that LAVIS publishes; they must be on this machine.
-            False: random weights, but for parts whose files `overrides` name (`vit_init_from`).
+        pretrained: without `checkpoint`, load the weights that LAVIS publishes; they must be on this machine:
+            in torch's cache or below the data root (BLIP_DATA), or else transformers' conversion of them in
+            the hub's cache. Nothing is fetched; `model_zoo` has the addresses. False: random weights, but for
+            parts whose files `overrides` name (`vit_init_from`).
         **overrides: configuration values, sections as dictionaries: `vit={"depth": 4}`.
 
     Raises:
@@ -73,12 +87,7 @@ def load_model(
         model_type = model_type or next(iter(cls.presets), "")
         if not pretrained:
             return _placed(_from_scratch(cls, name, model_type, overrides, device), is_eval, device)
-        if model_type not in cls.published:
-            raise CheckpointError(
-                f"no weights are published for {name} {model_type!r}; give checkpoint=PATH or a hub id, or"
-                " pretrained=False for random ones"
-            )
-        checkpoint = cls.published[model_type]
+        return _load(_official(name, model_type), name, model_type, is_eval, device, overrides)
     return _load(open_source(checkpoint), name, model_type, is_eval, device, overrides)
 
 
@@ -330,6 +339,35 @@ def _fill(model: BlipModel, weights: Recognised, source: Source) -> None:
         log.info("%s", line)
     for prefix in absent:
         load_frozen(model, prefix, source)
+
+
+def _official(arch: str, model_type: str) -> Source:
+    """The published weights of a preset, or transformers' conversion of them, from this machine.
+
+    Raises:
+        CheckpointError: there are none; or they are not here: where to get them and where to put them.
+    """
+    entry = model_zoo.get(arch, model_type)
+    if entry.weights is None:
+        raise CheckpointError(
+            f"no weights are published for {arch} {model_type!r}; give checkpoint=PATH or a hub id, or"
+            " pretrained=False for random ones"
+        )
+    if downloaded(entry.weights) is not None or entry.hub_id is None:
+        return open_source(entry.weights)
+    folder = cached_snapshot(entry.hub_id)
+    other = entry.hub_of is not None
+    conversion = f"transformers' conversion of {f'other weights, {entry.hub_of}' if other else entry.file}"
+    if folder is None:
+        raise CheckpointError(
+            f"{not_here(entry.weights)}; or get {conversion}, into the hub's cache with"
+            f" 'hf download {entry.hub_id}'"
+        )
+    report = log.warning if other else log.info
+    report("%s is not on this machine; taken is %s, %s", entry.file, entry.hub_id, conversion)
+    source = open_copy(folder, entry.hub_id)
+    source.values = as_lavis(source.values or {})
+    return source
 
 
 def load_frozen(model: BlipModel, prefix: str, source: Source) -> None:

@@ -25,7 +25,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: ("models", "processors", "data", "tasks", "engine", "formats"),
     2: ("config",),
     1: ("layers", "losses", "metrics", "weights", "registry", "templates", "together"),
-    0: ("__init__", "atomic", "batch", "dist", "errors", "keyed"),
+    0: ("__init__", "atomic", "batch", "dist", "errors", "keyed", "places"),
 }
 COMMAND = 6
 """The floor of every `__main__.py`, whatever folder it lies in."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 from blip.data.catalog_instruct import ALIASES, INSTRUCT, MEMBERS, QUESTIONS_OF
 from blip.data.rows import ALL, CLIPS, Row, video_qa, web
 from blip.data.scenes_questions import answers
 from blip.errors import DataError, hint
+from blip.places import ROOT_VARIABLE, data_root
 
-ROOT_VARIABLE = "BLIP_DATA"
+__all__ = ["CATALOG", "data_root", "instructblip", "names", "remedy", "row"]
 
 
 def _scenes(pattern: str, *splits: str) -> dict[str, str | tuple[str, ...]]:
@@ -233,11 +232,6 @@ for _name, _other in QUESTIONS_OF.items():
     )
 for _name, _other in ALIASES.items():
     CATALOG[_name] = replace(CATALOG[_other], same_as=_other)
-
-
-def data_root(configured: str | Path | None = None) -> Path:
-    """Where datasets lie: `run.data_root`, else the environment variable BLIP_DATA, else `data`."""
-    return Path(configured or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
 
 
 def names() -> list[str]:

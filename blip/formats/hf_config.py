@@ -100,6 +100,30 @@ CLASSES = {
 """Class of transformers -> what it is here."""
 
 
+_SAID = {
+    *("arch", "image_size", "vit_type", "vit_model", "vit_init_from", "vit", "med", "qformer", "vocab_size"),
+    *("embed_dim", "num_query_token", "cross_attention_freq", "qformer_text_input", "tokenizer", "llm"),
+    *("llm_model", hf_llm.IMAGE_TOKEN),
+}
+_UNSEEN = ("norm_eps", "heads", "num_heads")
+
+
+def as_lavis(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder of published weights says of sizes and tokenizers.
+
+    How transformers writes and judges texts (prompts, lengths, special tokens) is left out, so that LAVIS's
+    ways stay, and so are numbers which leave no trace in tensors and have been wrong in such folders.
+
+    Args:
+        values: of our configuration, as `read_folder` gives them.
+    """
+    said = {key: value for key, value in values.items() if key in _SAID}
+    for section in ("vit", "med", "qformer"):
+        if section in said:
+            said[section] = {key: value for key, value in said[section].items() if key not in _UNSEEN}
+    return said
+
+
 def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, Any]]:
     """Our registry name and configuration values of a Hugging Face folder.
 

@@ -33,8 +33,8 @@ def load_any(model: Any, source: str | Path, data_root: str | Path | None = None
     Raises:
         CheckpointError: it cannot be read, or a name is missing, unexpected or of another shape.
     """
-    name = f"'{source}'"
-    weights = recognise(read_weights(local_copy(source)), model.config.arch or None, name)
+    name, place = f"'{source}'", local_copy(source, data_root)
+    weights = recognise(read_weights(place), model.config.arch or None, name)
     lines, present = [], []
     for prefix in left_out(weights.tensors, model.freezable):
         if found := model.load_frozen([prefix], data_root):
@@ -44,10 +44,10 @@ def load_any(model: Any, source: str | Path, data_root: str | Path | None = None
         return [*lines, *fill(model, weights, name, present)]
     except CheckpointError as error:
         elsewhere = {p: key for p, key in FROZEN_KEYS.items() if p not in present and p in model.freezable}
-        for prefix, place in frozen_elsewhere(source).items():
+        for prefix, origin in frozen_elsewhere(place).items():
             if prefix in elsewhere:
                 raise CheckpointError(
-                    f"{name} leaves out {prefix.rstrip('.')}, which was frozen and came from {place!r}; set"
+                    f"{name} leaves out {prefix.rstrip('.')}, which was frozen and came from {origin!r}; set"
                     f" model.{elsewhere[prefix]} to that here, too"
                 ) from error
         raise

@@ -17,6 +17,7 @@ from blip.formats import hf, lavis
 from blip.formats.hf_config import read_folder
 from blip.formats.hf_llm import IMAGE_TOKEN
 from blip.formats.rules import Line, Omit, Table
+from blip.places import WEIGHTS_FOLDER, data_root
 from blip.weights import CHECKPOINT_FOLDER, MODEL_FOLDER, find_weights
 
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -67,12 +68,22 @@ def open_source(source: str | Path) -> Source:
 
     Args:
         source: weight file, exported model, run folder, checkpoint, Hugging Face folder or hub id, or the
-            address of a file that torch's cache holds.
+            address of a file that was downloaded (`downloaded`).
 
     Raises:
         CheckpointError: nothing there, or its configuration is unreadable or of an unknown class.
     """
-    found = Source(str(source), find_weights(local_copy(source)))
+    return open_copy(local_copy(source), str(source))
+
+
+def open_copy(place: Path, name: str) -> Source:
+    """Weights at a path, and their configuration; errors as `open_source`.
+
+    Args:
+        place: file or folder.
+        name: as it was asked for.
+    """
+    found = Source(name, find_weights(place))
     folder = found.weights.parent
     if (folder / "config.json").is_file():
         _read_json(found, folder / "config.json")
@@ -82,25 +93,45 @@ def open_source(source: str | Path) -> Source:
     return found
 
 
-def local_copy(source: str | Path) -> Path:
+def local_copy(source: str | Path, root: str | Path | None = None) -> Path:
     """The path of a file or folder on this machine that `source` means; need not exist.
 
+    Args:
+        source: as of `open_source`.
+        root: data root; None: the environment variable BLIP_DATA, else `data`.
+
     Raises:
-        CheckpointError: an address that is not in torch's cache, or a hub id that cannot be fetched.
+        CheckpointError: an address whose file is not here, or a hub id that cannot be fetched.
     """
     text, path = str(source), Path(source).expanduser()
     if _ADDRESS.match(text):
-        cached = torch_cache() / text.rpartition("/")[2]
-        if cached.is_file():
-            return cached
-        raise CheckpointError(
-            f"{text} is not on this machine: download it to '{cached}', or anywhere and give its path, as"
-            " model.init_from=PATH to a run, --checkpoint PATH to blip predict, or checkpoint=PATH in Python,"
-            " where pretrained=False builds a model with random weights"
-        )
+        if (here := downloaded(text, root)) is not None:
+            return here
+        raise CheckpointError(not_here(text, root))
     if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
         return path
     return _snapshot(text)
+
+
+def downloaded(address: str, root: str | Path | None = None) -> Path | None:
+    """The file of an address, if it is on this machine: in torch's cache, in the folder `weights` below the
+    data root, or right below that."""
+    return next((place for place in _downloads(address, root) if place.is_file()), None)
+
+
+def not_here(address: str, root: str | Path | None = None) -> str:
+    """What to do about a file that is not on this machine; arguments as of `downloaded`."""
+    first, second, *_ = _downloads(address, root)
+    return (
+        f"{address} is not on this machine: download it to '{first}' or '{second}', or anywhere and give its"
+        " path, as model.init_from=PATH to a run, --checkpoint PATH to blip predict, or checkpoint=PATH in"
+        " Python, where pretrained=False builds a model with random weights"
+    )
+
+
+def _downloads(address: str, root: str | Path | None) -> list[Path]:
+    below = data_root(root)
+    return [folder / address.rpartition("/")[2] for folder in (torch_cache(), below / WEIGHTS_FOLDER, below)]
 
 
 def torch_cache() -> Path:
@@ -156,9 +187,9 @@ def _family(arch: str) -> str:
     return arch.partition("_")[0]
 
 
-def frozen_elsewhere(source: str | Path) -> dict[str, str]:
+def frozen_elsewhere(weights: Path) -> dict[str, str]:
     """Frozen parts that our own weights leave out -> where they came from, by the `config.json` beside."""
-    file = find_weights(local_copy(source)).parent / "config.json"
+    file = find_weights(weights).parent / "config.json"
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -174,6 +205,18 @@ def left_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[s
 
 def _tables(entry: Table | Mapping[str, Table]) -> list[Table]:
     return [entry] if isinstance(entry, Table) else list(entry.values())
+
+
+def cached_snapshot(name: str) -> Path | None:
+    """The folder of a hub id in the hub's cache, if that has its weights; nothing is fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+        find_weights(folder)
+    except (OSError, CheckpointError):  # not there, or no more than its configuration
+        return None
+    return folder
 
 
 def _snapshot(name: str) -> Path:

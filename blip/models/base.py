@@ -20,7 +20,7 @@ from blip.batch import Output
 from blip.config.schema import ModelConfig
 from blip.errors import CheckpointError, ConfigError, UsageError, brief, hint
 from blip.models.card import card
-from blip.models.tokenizer import BERT_ENDS, DEC, ROWS, Ends, WordPieces
+from blip.models.tokenizer import BERT_ENDS, DEC, Ends, WordPieces, known_rows
 from blip.models.vision import RecomputeMode, VisionTower
 from blip.registry import MODELS
 from blip.weights import GIVEN, save_safetensors
@@ -174,12 +174,12 @@ class BlipModel(nn.Module):
                 ) from error
             return BERT_ENDS
 
-    def vocabulary(self) -> int:
-        """Rows of word embeddings: `vocab_size`, or those of the tokenizer, which are known of BERT's."""
-        config, known = self.config, ROWS.get(self.config.tokenizer)
-        if config.vocab_size is not None:
-            return int(config.vocab_size)
-        return known + len(self.added_tokens) if known else self.word_pieces.vocab_size
+    @property
+    def word_rows(self) -> int:
+        """Rows of the word embeddings: `vocab_size`, else the tokenizer's, by its name if that tells."""
+        config = self.config
+        known = config.vocab_size or known_rows(config.tokenizer, self.added_tokens, self._data_root)
+        return known or self.word_pieces.vocab_size
 
     def take_ids(self, word_pieces: WordPieces) -> None:
         """Told of the tokenizer when it is read: its added tokens may stand before other rows."""

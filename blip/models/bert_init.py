@@ -14,7 +14,7 @@ from blip.config.schema import Section
 from blip.errors import CheckpointError, ConfigError
 from blip.layers.attention import Attention
 from blip.layers.text import FeedForward, LMHead, TextEmbedding
-from blip.models.vision import find_file
+from blip.places import find_file
 
 _ATTENTION = {
     "attention.self.query": "query",

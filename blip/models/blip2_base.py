@@ -40,7 +40,7 @@ class Blip2Base(BlipModel):
             config.qformer,
             config.num_query_token,
             self.vision.width,
-            self.vocabulary() if with_text else None,
+            self.word_rows if with_text else None,
             config.cross_attention_freq,
             config.dropout,
         )

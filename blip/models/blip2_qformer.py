@@ -30,7 +30,7 @@ from blip.layers.text import LMHead, init_bert
 from blip.losses import NegativeSampler, at_least_float32, similarity
 from blip.models.blip2_base import Blip2Base
 from blip.models.blip2_config import OBJECTIVES, Blip2QformerConfig
-from blip.models.blip2_weights import BERT, CLIP_L, EVA, STAGE1_STARTS, STAGE1_WEIGHTS, stage1_sizes
+from blip.models.blip2_weights import BERT, CLIP_L, EVA, stage1_sizes
 from blip.models.blip_ranking import Reranking
 from blip.models.contrast import (
     Features,
@@ -43,6 +43,7 @@ from blip.models.contrast import (
 )
 from blip.models.generate import Captioning, QFormerWriter, TextWriter
 from blip.models.narrate import caption_loss, decoder_input, decoder_labels
+from blip.models.published import starts_of, weights_of
 from blip.registry import MODELS
 
 LOSSES = tuple(f"loss_{name}" for name in OBJECTIVES)
@@ -83,8 +84,8 @@ class Blip2Qformer(Captioning, Blip2Base, Reranking):
             "use_grad_checkpoint": True,
         },
     }
-    published = STAGE1_WEIGHTS
-    starts = STAGE1_STARTS
+    published: ClassVar = weights_of("blip2")
+    starts: ClassVar = starts_of("blip2")
     sizes_of = staticmethod(stage1_sizes)
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""

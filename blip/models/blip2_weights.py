@@ -1,4 +1,4 @@
-"""Weight files of BLIP-2: where LAVIS publishes them, and the sizes that their tensors tell."""
+"""Weight files of BLIP-2: the sizes that their tensors tell, and how stage 2 starts from those of stage 1."""
 
 from __future__ import annotations
 
@@ -18,17 +18,6 @@ from blip.models.qformer import QFormerConfig
 EVA: dict[str, Any] = {"vit_init_from": "eva_vit_g.pth"}
 CLIP_L: dict[str, Any] = {"vit_model": "clip_L", "vit_init_from": "clip_vit_L.pth"}
 BERT: dict[str, Any] = {"qformer": {"init_from": "bert-base-uncased"}}
-
-LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/"
-"""Where the weights are published."""
-STAGE1_WEIGHTS = {
-    "pretrain": LAVIS + "BLIP2/blip2_pretrained.pth",
-    "pretrain_vitL": LAVIS + "BLIP2/blip2_pretrained_vitL.pth",
-    "coco": LAVIS + "BLIP2/blip2_finetune_coco.pth",
-}
-"""Preset -> address; the first two lack the tower, which was frozen."""
-STAGE1_STARTS = {**STAGE1_WEIGHTS, "coco": STAGE1_WEIGHTS["pretrain"]}
-"""Preset -> address of what LAVIS's model configurations name as `pretrained`."""
 
 TOWER = "vision.vit."
 _BLIP_TOWERS = ("vit_base", "vit_large")

@@ -45,7 +45,7 @@ class BlipBase(BlipModel):
     def _med(self, image_width: int | None, **how: Any) -> Med:
         """A text transformer of the configured sizes; arguments as of `Med`."""
         config = self.config
-        med = Med(config.med, self.vocabulary(), image_width, config.dropout, **how)
+        med = Med(config.med, self.word_rows, image_width, config.dropout, **how)
         if self._word_pieces is not None:
             med.dec_id, med.enc_id = self._word_pieces.dec_id, self._word_pieces.enc_id
         med.dec_id = config.special_ids.get("dec", med.dec_id)

@@ -15,9 +15,9 @@ from blip.layers.text import LMHead
 from blip.models.bert_init import BertParts
 from blip.models.blip_base import BlipBase
 from blip.models.blip_config import WritingConfig
-from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import Captioning, MedWriter, TextWriter
 from blip.models.narrate import caption_loss, decoder_labels
+from blip.models.published import starts_of, weights_of
 from blip.registry import MODELS
 
 
@@ -59,8 +59,8 @@ class BlipCaption(Captioning, BlipBase):
             "eval": {"name": "blip_caption"},
         },
     }
-    published: ClassVar = PUBLISHED["blip_caption"]
-    starts: ClassVar = STARTS["blip_caption"]
+    published: ClassVar = weights_of("blip_caption")
+    starts: ClassVar = starts_of("blip_caption")
     sampling_penalty: ClassVar = 1.1  # as in BLIP
 
     def __init__(self, config: BlipCaptionConfig, data_root: str | Path | None = None) -> None:

@@ -16,8 +16,8 @@ from blip.layers.momentum import MomentumTwin
 from blip.losses import at_least_float32, soft_targets
 from blip.models.blip_base import BlipBase, ramp
 from blip.models.blip_config import BlipConfig
-from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.med import Med
+from blip.models.published import starts_of, weights_of
 from blip.models.vision import VisionTower
 from blip.registry import MODELS
 
@@ -62,6 +62,8 @@ class BlipClassification(BlipBase):
 
     config_class: ClassVar[type[BlipClassificationConfig]] = BlipClassificationConfig
     presets: ClassVar = {"base": {"image_size": 384}}
+    published: ClassVar = weights_of("blip_classification")
+    starts: ClassVar = starts_of("blip_classification")
     replaceable = ("twin.",)
     num_images: ClassVar[Any] = 1
 
@@ -182,8 +184,8 @@ class BlipNlvr(BlipClassification):
     config_class = BlipNlvrConfig
     config: BlipNlvrConfig
     presets: ClassVar = {"nlvr": {"image_size": 384}}
-    published: ClassVar = PUBLISHED["blip_nlvr"]
-    starts: ClassVar = STARTS["blip_nlvr"]
+    published: ClassVar = weights_of("blip_nlvr")
+    starts: ClassVar = starts_of("blip_nlvr")
     num_images = 2
 
     def _text(self) -> Med:

@@ -22,7 +22,7 @@ from blip.losses import at_least_float32
 from blip.models.blip_base import BlipBase
 from blip.models.blip_config import BlipConfig
 from blip.models.blip_ranking import Comparing, Judging
-from blip.models.blip_weights import PUBLISHED
+from blip.models.published import weights_of
 from blip.registry import MODELS
 
 MODES = ("image", "text", "multimodal")
@@ -47,7 +47,7 @@ class BlipFeatureExtractor(Comparing, BlipBase):
 
     config_class: ClassVar[type[BlipFeaturesConfig]] = BlipFeaturesConfig
     presets: ClassVar = {"base": {"image_size": 224}}
-    published: ClassVar = PUBLISHED["blip_feature_extractor"]
+    published: ClassVar = weights_of("blip_feature_extractor")
 
     def __init__(self, config: BlipFeaturesConfig, data_root: str | Path | None = None) -> None:
         super().__init__(config, data_root)
@@ -120,7 +120,7 @@ class BlipImageTextMatching(Judging, BlipFeatureExtractor):
         "base": {"image_size": 384},
         "large": {"image_size": 384, "vit_type": "large", "vit_drop_path_rate": 0.1},
     }
-    published: ClassVar = PUBLISHED["blip_image_text_matching"]
+    published: ClassVar = weights_of("blip_image_text_matching")
 
     def add_head(self) -> None:
         """The matching head."""

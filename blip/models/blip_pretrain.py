@@ -11,9 +11,9 @@ from blip.layers.text import LMHead
 from blip.models.bert_init import BertParts
 from blip.models.blip_config import MomentumConfig
 from blip.models.blip_retrieval import BlipRetrieval, Views
-from blip.models.blip_weights import PUBLISHED
 from blip.models.contrast import Contrasted, Negatives, Pool, draw_negatives
 from blip.models.narrate import caption_loss, decoder_labels
+from blip.models.published import starts_of, weights_of
 from blip.registry import MODELS
 
 NEGATIVE_FLOOR = 1e-4
@@ -67,7 +67,8 @@ class BlipPretrain(BlipRetrieval):
         },
     }
 
-    published: ClassVar = PUBLISHED["blip_pretrain"]
+    published: ClassVar = weights_of("blip_pretrain")
+    starts: ClassVar = starts_of("blip_pretrain")
 
     def __init__(self, config: BlipPretrainConfig, data_root: str | Path | None = None) -> None:
         super().__init__(config, data_root)

@@ -29,7 +29,6 @@ from blip.losses import NegativeSampler, at_least_float32
 from blip.models.blip_base import BlipBase, ramp
 from blip.models.blip_config import MomentumConfig
 from blip.models.blip_ranking import Judging
-from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.contrast import (
     Contrasted,
     Features,
@@ -44,6 +43,7 @@ from blip.models.contrast import (
     online_similarities,
 )
 from blip.models.med import Med
+from blip.models.published import starts_of, weights_of
 from blip.models.vision import VisionTower
 from blip.registry import MODELS
 
@@ -105,8 +105,8 @@ class BlipRetrieval(Judging, BlipBase):
         "large_coco": {**_LARGE, "vit_ckpt_layer": 12, "negative_all_rank": True},
         "large_flickr": {**_LARGE, "vit_ckpt_layer": 10},
     }
-    published: ClassVar = PUBLISHED["blip_retrieval"]
-    starts: ClassVar = STARTS["blip_retrieval"]
+    published: ClassVar = weights_of("blip_retrieval")
+    starts: ClassVar = starts_of("blip_retrieval")
     replaceable = ("twin.", "queue.")
     negative_sampler: NegativeSampler | None = None
     """Replaces the keyed draw of hard negatives, e.g. by `losses.argmax_sampler`."""

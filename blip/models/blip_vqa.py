@@ -25,9 +25,9 @@ from blip.losses import at_least_float32
 from blip.models.bert_init import BertParts
 from blip.models.blip_base import BlipBase
 from blip.models.blip_config import WritingConfig
-from blip.models.blip_weights import PUBLISHED, STARTS
 from blip.models.generate import MedWriter, decoding, write
 from blip.models.narrate import answer_loss, decoder_labels
+from blip.models.published import starts_of, weights_of
 from blip.models.tokenizer import id_rows
 from blip.registry import MODELS
 
@@ -82,8 +82,8 @@ class BlipVqa(BlipBase):
         "vis_processor": {"train": {"name": "blip_image_train"}, "eval": {"name": "blip_image_eval"}},
         "text_processor": {"train": {"name": "blip_question"}, "eval": {"name": "blip_question"}},
     }
-    published: ClassVar = PUBLISHED["blip_vqa"]
-    starts: ClassVar = STARTS["blip_vqa"]
+    published: ClassVar = weights_of("blip_vqa")
+    starts: ClassVar = starts_of("blip_vqa")
 
     def __init__(self, config: BlipVqaConfig, data_root: str | Path | None = None) -> None:
         super().__init__(config, data_root)

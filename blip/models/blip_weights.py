@@ -1,5 +1,5 @@
-"""Weight files of BLIP: where they are published, the sizes that their tensors tell, and how one model of the
-family starts from another's."""
+"""Weight files of BLIP: the sizes that their tensors tell, and how one model of the family starts from
+another's."""
 
 from __future__ import annotations
 
@@ -20,47 +20,6 @@ from blip.models.blip_config import TOWERS
 from blip.models.med import DECODER_HAS, MedConfig
 
 log = logging.getLogger(__name__)
-
-_BLIP = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
-_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP/"
-PUBLISHED: dict[str, dict[str, str]] = {
-    "blip_pretrain": {
-        "base": _BLIP + "model_base_capfilt_large.pth",
-        "large": _BLIP + "model_large.pth",
-    },
-    "blip_retrieval": {
-        "coco": _LAVIS + "blip_coco_retrieval.pth",
-        "flickr": _LAVIS + "blip_flickr_retrieval.pth",
-        "large_coco": _BLIP + "model_large_retrieval_coco.pth",
-        "large_flickr": _BLIP + "model_large_retrieval_flickr.pth",
-    },
-    "blip_caption": {
-        "base_coco": _LAVIS + "blip_coco_caption_base.pth",
-        "large_coco": _BLIP + "model_large_caption.pth",
-    },
-    "blip_vqa": {
-        "vqav2": _BLIP + "model_base_vqa_capfilt_large.pth",
-        "okvqa": _LAVIS + "blip_okvqa.pth",
-        "aokvqa": _LAVIS + "blip_aokvqa.pth",
-    },
-    "blip_nlvr": {"nlvr": _BLIP + "model_base_nlvr.pth"},
-    "blip_feature_extractor": {"base": _BLIP + "model_base_capfilt_large.pth"},
-    "blip_image_text_matching": {
-        "base": _BLIP + "model_base_retrieval_coco.pth",
-        "large": _BLIP + "model_large_retrieval_coco.pth",
-    },
-}
-"""Registry name -> preset -> address, as LAVIS's model configurations name them; of retrieval with ViT-L, as
-BLIP's README does."""
-
-_CAPFILT, _ANSWERS = _BLIP + "model_base_capfilt_large.pth", _BLIP + "model_base_vqa_capfilt_large.pth"
-STARTS: dict[str, dict[str, str]] = {
-    "blip_retrieval": {"coco": _CAPFILT, "flickr": _CAPFILT},
-    "blip_caption": {"base_coco": _CAPFILT, "large_coco": _BLIP + "model_large.pth"},
-    "blip_vqa": {"vqav2": _CAPFILT, "okvqa": _ANSWERS, "aokvqa": _ANSWERS},
-    "blip_nlvr": {"nlvr": _CAPFILT},
-}
-"""Registry name -> preset -> address of what LAVIS fine-tunes it from, by its model configurations."""
 
 HEADS = ("itm_head.", "vision_proj.", "text_proj.", "lm_head.", "cls_head.", "temp")
 """Parts that a model may have and another not."""

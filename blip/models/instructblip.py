@@ -16,13 +16,12 @@ from blip.errors import UsageError
 from blip.models import prompts as ask
 from blip.models.blip2_config import Blip2LlmConfig
 from blip.models.blip2_llm import Asked, Blip2Llm
-from blip.models.blip2_weights import BERT, EVA, LAVIS
+from blip.models.blip2_weights import BERT, EVA
 from blip.models.llm_presets import FLAN_T5_XL, FLAN_T5_XXL, VICUNA_7B, VICUNA_13B
 from blip.models.llm_tokenizer import Side
+from blip.models.published import starts_of, weights_of
 from blip.registry import MODELS
 from blip.templates import dialog
-
-_WEIGHTS = LAVIS + "InstructBLIP/instruct_blip_"
 
 
 @dataclass
@@ -132,11 +131,8 @@ class Blip2T5Instruct(Blip2LlmInstruct):
         "flant5xl": {**EVA, **BERT, **FLAN_T5_XL},
         "flant5xxl": {**EVA, **BERT, **FLAN_T5_XXL},
     }
-    published: ClassVar = {
-        "flant5xl": _WEIGHTS + "flanxl_trimmed.pth",
-        "flant5xxl": _WEIGHTS + "flanxxl_trimmed.pth",
-    }
-    starts = published
+    published: ClassVar = weights_of("blip2_t5_instruct")
+    starts: ClassVar = starts_of("blip2_t5_instruct")
 
 
 @MODELS.register("blip2_vicuna_instruct")
@@ -147,11 +143,8 @@ class Blip2VicunaInstruct(Blip2LlmInstruct):
         "vicuna7b": {**EVA, **BERT, **VICUNA_7B},
         "vicuna13b": {**EVA, **BERT, **VICUNA_13B},
     }
-    published: ClassVar = {
-        "vicuna7b": _WEIGHTS + "vicuna7b_trimmed.pth",
-        "vicuna13b": _WEIGHTS + "vicuna13b_trimmed.pth",
-    }
-    starts = published
+    published: ClassVar = weights_of("blip2_vicuna_instruct")
+    starts: ClassVar = starts_of("blip2_vicuna_instruct")
     default_processors: ClassVar = {
         "vis_processor": {"train": {"name": "blip2_image_train"}, "eval": {"name": "blip_image_eval"}},
         "text_processor": {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption"}},

@@ -142,15 +142,14 @@ class LanguageModel(nn.Module, ABC):
         model.requires_grad_(False)
         rows = self._tokenizer.vocab_size if self._tokenizer else 0
         grow_vocabulary(model, max(rows, self._hf_config.vocab_size))
-        before = {name: value.detach() for name, value in self.lora.items()}
+        before = {name: value.detach() for name, value in self.lora.items() if not value.is_meta}
         self.lora.clear()
         if self.config.lora.r:
             for name, parameter in add_lora(model, self.config.lora).items():
                 self.lora[name.replace(".", "/")] = parameter
         with torch.no_grad():
             for name, value in before.items():
-                if not value.is_meta:
-                    self.lora[name].copy_(value)
+                self.lora[name].copy_(value)
         self.model = model
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
         """H, width of the soft tokens."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from blip.errors import ConfigError, DataError, brief
 from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, UNK, id_rows
-from blip.models.vision import find_file
+from blip.places import find_file
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 """What SentencePiece's own file is called."""

@@ -13,17 +13,15 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor
 
 from blip.errors import ConfigError
-from blip.models.vision import find_file
+from blip.places import find_file
 
 EMBEDDED = "scenes"
+KNOWN = {"bert-base-uncased": 30522}
+"""Vocabularies whose number of pieces is known by their name, so that sizes need no file."""
 # Loader workers are forked; the Rust tokenizer's threads would warn of it and compete with them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 DEC, ENC = "[DEC]", "[ENC]"
-
-
-ROWS = {"bert-base-uncased": 30522, "bert-base-cased": 28996, "bert-large-uncased": 30522}
-"""Published vocabulary -> its pieces, so that a model is built without reading it."""
 
 
 class Ends(NamedTuple):
@@ -103,6 +101,15 @@ class WordPieces:
                 f"model.tokenizer: {self.source!r} has no {token} token; a BERT-like vocabulary is needed"
             )
         return found
+
+
+def known_rows(
+    source: str, added: tuple[str, ...] = (DEC,), data_root: str | Path | None = None
+) -> int | None:
+    """How many pieces a vocabulary has, where its name alone tells; arguments as of `WordPieces`."""
+    if source not in KNOWN or find_file(source, data_root) is not None:  # a file may say something else
+        return None
+    return KNOWN[source] + len(added)
 
 
 def id_rows(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:

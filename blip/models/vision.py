@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from blip.config.schema import Section
 from blip.errors import CheckpointError, ConfigError, UsageError, brief, nearest
 from blip.layers.vit import NAMED, Vit, VitConfig, block_number, layer_id, rename_openai_clip, resize_on_load
+from blip.models.published import published_towers
+from blip.places import data_root, find_file
 from blip.weights import read_weights
 
 TIMM = "timm/"
@@ -22,10 +23,6 @@ TIMM_MODULES = ("vision_transformer", "deit", "eva", "beit")
 """Modules of timm whose models are plain stacks of blocks over prefix and patch tokens."""
 TOWER_PREFIXES = ("visual_encoder.", "vision.vit.", "visual.")
 """Where whole models keep their tower: LAVIS's, ours, OpenAI's."""
-
-_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
-PUBLISHED = {name: _LAVIS + name for name in ("eva_vit_g.pth", "clip_vit_L.pth")}
-"""Files of tower weights that presets name -> where LAVIS publishes them."""
 
 _MODEL_KEYS = ("image_size:", "drop_path_rate:")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -319,30 +316,15 @@ class VisionTower(nn.Module):
         )
 
 
-def find_file(name: str, data_root: str | Path | None = None) -> Path | None:
-    """A file or folder as given, else below the data root; None where neither exists.
-
-    Args:
-        name: path; a relative one starts at the working directory, then at the data root.
-        data_root: None: the environment variable BLIP_DATA, else `data`.
-    """
-    places = (Path(name).expanduser(), _data_root(data_root) / name)
-    return next((place for place in places if place.exists()), None)
-
-
-def _data_root(data_root: str | Path | None) -> Path:
-    return Path(data_root or os.environ.get("BLIP_DATA") or "data")
-
-
-def _weights_path(source: str, data_root: str | Path | None) -> Path:
-    found = find_file(source, data_root)
+def _weights_path(source: str, root: str | Path | None) -> Path:
+    found = find_file(source, root)
     if found is not None:
         return found
-    url = PUBLISHED.get(Path(source).name)
+    url = published_towers().get(Path(source).name)
     get = f"LAVIS publishes it at {url}; put it there, or give" if url else "give"
     raise CheckpointError(
         f"model.vit_init_from: no file '{source}', neither as given nor below the data root"
-        f" '{_data_root(data_root)}' (run.data_root or BLIP_DATA); {get} another weight file, or null for a"
+        f" '{data_root(root)}' (run.data_root or BLIP_DATA); {get} another weight file, or null for a"
         " tower that starts at random"
     )
 

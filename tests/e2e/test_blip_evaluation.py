@@ -13,7 +13,7 @@ from PIL import Image
 from blip.config.load import load_config
 from blip.data.catalog import CATALOG, names
 from blip.evaluate import main
-from blip.models.blip_weights import PUBLISHED
+from blip.models.published import model_zoo
 from blip.registry import MODELS
 from tests.e2e.runs import Commands, lines
 
@@ -161,7 +161,7 @@ def test_a_recipe_names_published_weights_and_says_where_to_put_them(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     config = load_config(f"blip/{name}", known_datasets=names())
     assert config.run.evaluate
-    assert config.model.finetuned == PUBLISHED[config.model.arch][config.model.model_type]
+    assert config.model.finetuned == model_zoo[config.model.arch, config.model.model_type].weights
     assert main(["--cfg", f"blip/{name}", "--dry-run", f"run.data_root={tmp_path}"]) == 2
     assert f"run 'blip data prepare {next(iter(config.datasets))}'" in capsys.readouterr().err
     lay_out(tmp_path, name)
@@ -177,7 +177,7 @@ def test_a_recipe_without_published_weights_asks_for_some(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config(f"blip/{name}", known_datasets=names())
-    assert config.model.model_type not in PUBLISHED.get(config.model.arch, {})
+    assert model_zoo[config.model.arch, config.model.model_type].weights is None
     lay_out(tmp_path, name)
     tiny = [f"model.{key}={json.dumps(value)}" for key, value in SIZES.items()]
     tiny += [f"datasets.{data}.vis_processor.eval.image_size=32" for data in config.datasets]

@@ -12,7 +12,7 @@ from blip.models.blip_caption import BlipCaptionConfig
 from blip.models.blip_classification import BlipClassificationConfig, BlipNlvrConfig
 from blip.models.blip_pretrain import BlipPretrainConfig
 from blip.models.blip_retrieval import BlipRetrievalConfig
-from blip.models.blip_weights import PUBLISHED, adopt, blip_sizes
+from blip.models.blip_weights import adopt, blip_sizes
 from blip.models.med import DECODER_HAS
 from blip.models.vision import VisionConfig
 from blip.registry import MODELS
@@ -228,8 +228,3 @@ def test_published_sizes_leave_nothing_open(vit_type: str) -> None:
     med = {"width": 768, "depth": 12, "mlp_dim": 3072, "max_positions": 512}
     assert found == {**config, "med": med, "embed_dim": 256, "queue_size": 57600}
     assert unknown == []
-
-
-def test_published_weights_are_of_presets() -> None:
-    for arch, files in PUBLISHED.items():
-        assert set(files) <= set(MODELS.get(arch).presets)
