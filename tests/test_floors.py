@@ -23,8 +23,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("build", "predict", "convert", "capfilt"),
     4: ("cli", "zoo"),
     3: ("models", "processors", "data", "tasks", "engine", "formats"),
-    2: ("config",),
-    1: ("layers", "losses", "metrics", "weights", "registry", "templates", "together"),
+    2: ("config", "weights"),
+    1: ("layers", "losses", "metrics", "registry", "stored", "templates", "together"),
     0: ("__init__", "atomic", "batch", "dist", "errors", "keyed"),
 }
 COMMAND = 6
