@@ -38,6 +38,7 @@ _FOLDER_FILES = (
 )
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 _POINTER_BYTES = 256
+_INDEX = "index of weight files"
 
 
 @dataclass
@@ -54,6 +55,10 @@ class LoadReport:
     """Loaded after the module adapted them, such as interpolated position embeddings."""
     misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Not loaded, because the shape differs: name -> (given, wanted). Also in `missing` and `unexpected`."""
+    rounded: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Loaded into a type of fewer digits: name -> (given, wanted)."""
+    nan: list[str] = field(default_factory=list)
+    """Loaded, and some of their numbers are none."""
 
     def text(self) -> str:
         """One line: counts, and the first names of each kind."""
@@ -62,6 +67,11 @@ class LoadReport:
             names = [name for name in getattr(self, word) if name not in self.misfits]
             if names:
                 parts.append(f"{len(names)} {word} ({some(names)})")
+        for types in dict.fromkeys(self.rounded.values()):
+            names = [name for name, pair in self.rounded.items() if pair == types]
+            parts.append(f"{len(names)} rounded from {types[0]} to {types[1]} ({some(names)})")
+        if self.nan:
+            parts.append(f"{len(self.nan)} with values that are no numbers ({some(self.nan)})")
         if self.misfits:
             shapes = [f"{name} is {given}, needed {wanted}" for name, (given, wanted) in self.misfits.items()]
             parts.append(f"{len(shapes)} of another shape ({some(shapes)})")
@@ -225,6 +235,8 @@ def load_into(
         unexpected=[n for n in tensors if n not in wanted] + misfits,
         reshaped=[n for n in differing if n not in misfits],
         misfits={n: (tuple(differing[n].shape), tuple(wanted[n].shape)) for n in misfits},
+        rounded={n: pair for n in loaded if (pair := _rounded(tensors[n], wanted[n]))},
+        nan=[n for n in loaded if _has_nan(wanted[n])],
     )
     refused = LoadReport(
         source,
@@ -239,6 +251,20 @@ def load_into(
             f"{refused.text()}; it is of another arch or other sizes, or needs 'blip convert' first"
         )
     return report
+
+
+def _rounded(given: Tensor, wanted: Tensor) -> tuple[str, str] | None:
+    """Both types, if the one that is wanted has fewer digits."""
+    if not given.is_floating_point() or torch.finfo(given.dtype).eps >= torch.finfo(wanted.dtype).eps:
+        return None
+    return str(given.dtype).removeprefix("torch."), str(wanted.dtype).removeprefix("torch.")
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return False
+    # The sum needs no memory, and is NaN if anything is; so is one of infinities.
+    return bool(tensor.detach().sum().isnan()) and bool(tensor.isnan().any())
 
 
 def _check_kinds(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -397,9 +423,9 @@ def _identity(tensor: Tensor) -> Any:
 def _shards(index: Path) -> dict[str, Path]:
     """Name of a tensor -> the file that holds it, by an index."""
     try:
-        places = {str(name): str(file) for name, file in read_json(index)["weight_map"].items()}
+        places = {str(name): str(file) for name, file in read_json(index, _INDEX)["weight_map"].items()}
     except (KeyError, AttributeError) as error:
-        raise CheckpointError(f"'{index}' is no index of weight files: it has no weight_map") from error
+        raise CheckpointError(f"'{index}' is no {_INDEX}: it has no weight_map") from error
     for file in sorted(set(places.values())):
         # The index may come from anywhere; it must not lead out of its folder.
         if Path(file).name != file or not file.endswith(_ENDINGS) or not file.isprintable():

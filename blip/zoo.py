@@ -21,6 +21,7 @@ from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import to_model
 from blip.formats.hf_llm import without_image_rows
+from blip.formats.limits import check_size, check_values, sketch
 from blip.formats.load import fill
 from blip.formats.objects import as_values
 from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
@@ -263,7 +264,12 @@ def _load(
     device: torch.device,
     overrides: dict[str, Any],
 ) -> Any:
-    known = identify(source, read_weights(source.weights), arch, model_type, device, overrides)
+    stored = read_weights(source.weights)
+    known = identify(source, stored, arch, model_type, device, overrides)
+    name = f"'{source.name}'"
+    # A configuration from elsewhere may ask for more memory than there is.
+    meant = sketch(lambda: known.cls.build(known.config, source.data_root), name)
+    check_size(meant, stored, left_out(known.weights.tensors, meant.freezable), name)
     model = known.cls.build(known.config, source.data_root)
     if source.processors is not None:
         model.processors = source.processors
@@ -282,6 +288,7 @@ def _foreign_config(
 ) -> Any:
     """The configuration of weights that others wrote: what their files tell, then the preset that fits."""
     found, unknown = cls.sizes_of(weights.tensors)
+    check_values(found, f"'{source.name}': what its tensors tell")
     if source.values is not None:
         found, unknown = dict(source.values), []
         if found.pop("arch", arch) != arch:  # a relative, which has no place for some of it

@@ -220,7 +220,9 @@ def without_image_rows(
     """
     sizes = dict(values.get("llm", {}).get("sizes", {}))
     rows, pad = sizes.get("vocab_size"), sizes.get("pad_token_id")
-    if image_token is None or rows is None or pad is None or not pad < image_token < rows:
+    if not (isinstance(image_token, int) and isinstance(rows, int) and isinstance(pad, int)):
+        return dict(values), tensors
+    if not 0 <= pad < image_token < rows:
         return dict(values), tensors
     long = [n for n in tensors if n.startswith("llm.model.") and tensors[n].shape[:1] == (rows,)]
     added = [bool((tensors[n][image_token:] == tensors[n][pad]).all()) for n in long]

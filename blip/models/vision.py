@@ -327,7 +327,8 @@ def find_file(name: str, data_root: str | Path | None = None) -> Path | None:
         data_root: None: the environment variable BLIP_DATA, else `data`.
     """
     places = (Path(name).expanduser(), _data_root(data_root) / name)
-    return next((place for place in places if place.exists()), None)
+    # Unlike `Path.exists`, it takes names that no file can have.
+    return next((place for place in places if os.path.exists(place)), None)
 
 
 def _data_root(data_root: str | Path | None) -> Path:

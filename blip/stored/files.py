@@ -69,8 +69,12 @@ def inside(file: Path, folder: Path | None = None) -> Path:
     return file
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
     """What a JSON file of others says.
+
+    Args:
+        path: of the file.
+        what: it is to be, as messages call it.
 
     Raises:
         CheckpointError: no regular file, too large, no JSON, or no object.
@@ -78,12 +82,13 @@ def read_json(path: Path) -> dict[str, Any]:
     size = size_of(path)
     if size > MOST_JSON:
         raise CheckpointError(
-            f"'{path}' has {size} bytes; {MOST_JSON} are the most that are read of such a file"
+            f"'{path}' is no {what}: it has {size} bytes, of which {MOST_JSON} are the most"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is no JSON: {brief(error)}; fetch or write it again") from error
+        raise CheckpointError(f"'{path}' is no {what} ({brief(error)}); fetch or write it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' holds a {type(content).__name__}, but an object with keys is needed")
+        kind = type(content).__name__
+        raise CheckpointError(f"'{path}' is no {what}: it holds a {kind}; fetch or write it again")
     return content

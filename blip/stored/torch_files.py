@@ -21,8 +21,8 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _LEGACY = b"\x8a\x0a" + MAGIC.to_bytes(10, "little") + b"."
 """Behind two bytes for the protocol, what files begin with that torch wrote before 1.6."""
 _LEGACY_PICKLES = 5
-_END, _LOCATOR, _END64 = 22, 20, 56
-"""Sizes of what closes an archive."""
+_HEADER, _END, _LOCATOR, _END64 = 30, 22, 20, 56
+"""Sizes of what stands before a member, and of what closes an archive."""
 
 
 def read_torch(path: Path, size: int, archive: bool) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def _check_places(items: list[zipfile.ZipInfo], size: int) -> None:
     for item in sorted(items, key=lambda item: item.header_offset):
         if item.header_offset < stop:
             raise Refused(f"its member {shown(item.filename)!r} lies over another one")
-        stop = item.header_offset + zipfile.sizeFileHeader + len(item.orig_filename) + item.file_size
+        stop = item.header_offset + _HEADER + len(item.orig_filename) + item.file_size
     if stop > size:
         raise Refused("its members are larger than it is")
 
@@ -151,7 +151,8 @@ def _check_legacy(path: Path, size: int) -> None:
         pass
     else:
         raise Refused("it is a tar archive")
-    end, storages = 0, {}
+    end = 0
+    storages: dict[str, int] = {}
     for _ in range(_LEGACY_PICKLES):
         followed = follow(data, end)
         end, storages = followed.end, {**storages, **followed.storages}

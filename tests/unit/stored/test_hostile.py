@@ -334,8 +334,8 @@ INDEX = "model.safetensors.index.json"
         ({"weight_map": {"a": 5}}, "is no weight file beside the index"),
         ({"weight_map": [1]}, "has no weight_map"),
         ({"weight_map": {"\x1b" * 100_000: "w.safetensors"}}, "the shards lack 1 tensors"),
-        (b'{"weight_map": {"a": ' + b"9" * 100_000 + b"}}", "is no JSON"),
-        (b"\xff\xfe", "is no JSON"),
+        (b'{"weight_map": {"a": ' + b"9" * 100_000 + b"}}", "is no index of weight files"),
+        (b"\xff\xfe", "is no index of weight files"),
     ],
 )
 def test_an_index_that_names_what_is_no_shard(tmp_path: Path, content: Any, reason: str) -> None:
