@@ -27,6 +27,7 @@ from blip.config.typed import model_overrides
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf, lavis
 from blip.formats.hf_folder import Picture, write_folder
+from blip.formats.limits import check_size, sketch
 from blip.formats.load import FROZEN_KEYS, fill
 from blip.formats.rules import Line
 from blip.formats.source import Recognised, Source, left_out, open_source
@@ -98,7 +99,7 @@ def convert(
     known = identify(found, stored, arch, model_type, torch.device("meta"), overrides)
     if not found.own and "vit_precision" not in overrides:
         known = _as_stored(known)
-    model, notes, lacking = _checked(found, known)
+    model, notes, lacking = _checked(found, known, stored)
     name, state = known.config.arch, known.weights.tensors
     lines = list(known.weights.report)
     absent = left_out(state, model.freezable)
@@ -257,7 +258,9 @@ def _make_room(folder: Path) -> None:
         raise CheckpointError(f"cannot write to '{folder}': {error.strerror or error}") from error
 
 
-def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str], list[str]]:
+def _checked(
+    found: Source, known: Known, stored: Mapping[str, Tensor]
+) -> tuple[BlipModel, list[str], list[str]]:
     """The model without memory, after weights of these names and shapes have been laid into it.
 
     Returns:
@@ -266,14 +269,14 @@ def _checked(found: Source, known: Known) -> tuple[BlipModel, list[str], list[st
     Raises:
         CheckpointError: a name is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        model = known.cls.build(known.config, found.data_root)
+    model: BlipModel = sketch(lambda: known.cls.build(known.config, found.data_root), f"'{found.name}'")
+    absent = left_out(known.weights.tensors, model.freezable)
+    check_size(model, stored, absent, f"'{found.name}'")
     model.on_step(sys.maxsize)
     if found.processors is not None:
         model.processors = found.processors
     weights = known.weights
     shapes = {key: torch.empty_like(tensor, device="meta") for key, tensor in weights.tensors.items()}
-    absent = left_out(shapes, model.freezable)
     lines = fill(model, Recognised(weights.arch, shapes, weights.absent), f"'{found.name}'", absent)
     lacking = [key for key in model.state_dict() if key not in shapes and matches(key, weights.absent)]
     return model, lines, lacking

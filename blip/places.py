@@ -25,4 +25,5 @@ def find_file(name: str, root: str | Path | None = None) -> Path | None:
     """
     below = data_root(root)
     places = (Path(name).expanduser(), below / name, below / WEIGHTS_FOLDER / name)
-    return next((place for place in places if place.exists()), None)
+    # Unlike `Path.exists`, it takes names that no file can have.
+    return next((place for place in places if os.path.exists(place)), None)

@@ -8,12 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from blip import atomic
-from blip.errors import CheckpointError, brief
+from blip.errors import CheckpointError
+from blip.stored.files import MOST_AXES, MOST_NAME, inside, read_json, shown, size_of, some
+from blip.stored.safetensors_files import ALIASES, read_safetensors
+from blip.stored.torch_files import read_torch
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_ENDING = ".index.json"
@@ -29,8 +29,6 @@ MODEL_FOLDER = "model"
 CHECKPOINT_FOLDER = "checkpoints"
 GIVEN = "blip-given-"
 """Start of the names of folders that hold tokenizers which were given as objects, while a process lasts."""
-ALIASES = "aliases"
-"""Metadata key: JSON of name -> name of the tensor it is another name for."""
 
 _FOLDER_FILES = (
     WEIGHTS_FILE,
@@ -39,8 +37,8 @@ _FOLDER_FILES = (
     "pytorch_model.bin" + INDEX_ENDING,
 )
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _POINTER_BYTES = 256
+_INDEX = "index of weight files"
 
 
 @dataclass
@@ -57,6 +55,10 @@ class LoadReport:
     """Loaded after the module adapted them, such as interpolated position embeddings."""
     misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Not loaded, because the shape differs: name -> (given, wanted). Also in `missing` and `unexpected`."""
+    rounded: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Loaded into a type of fewer digits: name -> (given, wanted)."""
+    nan: list[str] = field(default_factory=list)
+    """Loaded, and some of their numbers are none."""
 
     def text(self) -> str:
         """One line: counts, and the first names of each kind."""
@@ -65,6 +67,11 @@ class LoadReport:
             names = [name for name in getattr(self, word) if name not in self.misfits]
             if names:
                 parts.append(f"{len(names)} {word} ({some(names)})")
+        for types in dict.fromkeys(self.rounded.values()):
+            names = [name for name, pair in self.rounded.items() if pair == types]
+            parts.append(f"{len(names)} rounded from {types[0]} to {types[1]} ({some(names)})")
+        if self.nan:
+            parts.append(f"{len(self.nan)} with values that are no numbers ({some(self.nan)})")
         if self.misfits:
             shapes = [f"{name} is {given}, needed {wanted}" for name, (given, wanted) in self.misfits.items()]
             parts.append(f"{len(shapes)} of another shape ({some(shapes)})")
@@ -139,8 +146,16 @@ def find_weights(source: str | Path) -> Path:
     """The file that `read_weights` would read.
 
     Raises:
-        CheckpointError: nothing there, or a folder without weights.
+        CheckpointError: nothing there, a folder without weights, or links that lead out of it.
     """
+    try:
+        return _found(source)
+    except (OSError, RuntimeError) as error:  # links in a circle, `~nobody`
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot look for weights at '{shown(str(source), 1000)}': {reason}") from error
+
+
+def _found(source: str | Path) -> Path:
     path = pointed(Path(source).expanduser())
     if not path.exists():
         raise CheckpointError(
@@ -150,34 +165,19 @@ def find_weights(source: str | Path) -> Path:
         return path
     for name in _FOLDER_FILES:
         if (path / name).is_file():
-            return _inside(path / name)
+            return inside(path / name)
     for name in (MODEL_FOLDER, f"{CHECKPOINT_FOLDER}/best", f"{CHECKPOINT_FOLDER}/last"):
         found = pointed(path / name) / WEIGHTS_FILE
         if found.is_file():
-            return _inside(found)
+            return inside(found, path)
     only = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file())
     if len(only) == 1:
-        return _inside(only[0])
+        return inside(only[0])
     several = f"; it has {some([p.name for p in only])}, name one of them" if only else ""
     raise CheckpointError(
         f"no weights in the folder '{source}': expected {WEIGHTS_FILE}, {MODEL_FOLDER}/{WEIGHTS_FILE} or"
         f" {CHECKPOINT_FOLDER}/last{several}"
     )
-
-
-def _inside(file: Path) -> Path:
-    """The file of a folder, if it is no link that leads out of it; the hub's cache links to `blobs`.
-
-    Raises:
-        CheckpointError: it is one. What comes with others' folders must not bring other files to light.
-    """
-    real, folder = file.resolve(), file.parent.resolve()
-    blobs = folder.parent.parent / "blobs"
-    if file.is_symlink() and not any(real.is_relative_to(place) for place in (folder, blobs)):
-        raise CheckpointError(
-            f"'{file}' is a link that leads out of its folder, to '{real}'; give that path, if it is meant"
-        )
-    return file
 
 
 def pointed(path: Path) -> Path:
@@ -235,6 +235,8 @@ def load_into(
         unexpected=[n for n in tensors if n not in wanted] + misfits,
         reshaped=[n for n in differing if n not in misfits],
         misfits={n: (tuple(differing[n].shape), tuple(wanted[n].shape)) for n in misfits},
+        rounded={n: pair for n in loaded if (pair := _rounded(tensors[n], wanted[n]))},
+        nan=[n for n in loaded if _has_nan(wanted[n])],
     )
     refused = LoadReport(
         source,
@@ -249,6 +251,20 @@ def load_into(
             f"{refused.text()}; it is of another arch or other sizes, or needs 'blip convert' first"
         )
     return report
+
+
+def _rounded(given: Tensor, wanted: Tensor) -> tuple[str, str] | None:
+    """Both types, if the one that is wanted has fewer digits."""
+    if not given.is_floating_point() or torch.finfo(given.dtype).eps >= torch.finfo(wanted.dtype).eps:
+        return None
+    return str(given.dtype).removeprefix("torch."), str(wanted.dtype).removeprefix("torch.")
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point():
+        return False
+    # The sum needs no memory, and is NaN if anything is; so is one of infinities.
+    return bool(tensor.detach().sum().isnan()) and bool(tensor.isnan().any())
 
 
 def _check_kinds(source: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -397,12 +413,6 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def some(names: Sequence[str], count: int = 4) -> str:
-    """The first names, and how many there are beyond them."""
-    rest = f", ... and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + rest
-
-
 def _identity(tensor: Tensor) -> Any:
     """Equal for two names of one tensor; empty tensors have no memory and are never the same."""
     if not tensor.numel() or tensor.is_meta:
@@ -413,28 +423,32 @@ def _identity(tensor: Tensor) -> Any:
 def _shards(index: Path) -> dict[str, Path]:
     """Name of a tensor -> the file that holds it, by an index."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        places = {str(name): str(file) for name, file in content["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"'{index}' is no index of weight files: {brief(error)}") from error
+        places = {str(name): str(file) for name, file in read_json(index, _INDEX)["weight_map"].items()}
+    except (KeyError, AttributeError) as error:
+        raise CheckpointError(f"'{index}' is no {_INDEX}: it has no weight_map") from error
     for file in sorted(set(places.values())):
         # The index may come from anywhere; it must not lead out of its folder.
-        if Path(file).name != file or not file.endswith(_ENDINGS):
-            raise CheckpointError(f"'{index}': shard {file!r} is no weight file beside the index")
-        if not (index.parent / file).is_file():
+        if Path(file).name != file or not file.endswith(_ENDINGS) or not file.isprintable():
+            raise CheckpointError(f"'{index}': shard '{shown(file)}' is no weight file beside the index")
+        if not _is_file(index.parent / file):
             raise CheckpointError(
-                f"'{index}': shard {file!r} is missing; fetch it, the index names {len(places)} tensors"
+                f"'{index}': shard '{shown(file)}' is missing; fetch it, {len(places)} tensors are listed"
             )
-        _inside(index.parent / file)
+        inside(index.parent / file)
     return {name: index.parent / file for name, file in places.items()}
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _is_file(path: Path) -> bool:
+    """Whether a regular file is there; a name that no file can have is none."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
-            raise CheckpointError(f"'{path}' is no regular file; give a weight file")
-        size = status.st_size
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    size = size_of(path)
+    try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -446,100 +460,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"'{path}' is a git-lfs pointer, not the weights; run 'git lfs pull' in its repository"
         )
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path, mmap=head.startswith(b"PK"))
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
-            for alias, name in aliases.items():
-                tensors.setdefault(alias, tensors[name])
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ) as error:
-        raise CheckpointError(
-            f"'{path}' is damaged or no safetensors file: {brief(error)}; use another"
-        ) from error
-    return tensors
-
-
-def _read_torch(path: Path, mmap: bool) -> dict[str, Tensor]:
-    load = partial(torch.load, path, map_location="cpu", weights_only=True)
-    try:
-        if mmap:
-            _check_archive(path)
-        content = load(mmap=True) if mmap else load()
-    except Exception as error:  # a damaged pickle may raise anything
-        text = str(error)
-        found = re.search(r"GLOBAL (\S+)", text)
-        if found:
-            raise CheckpointError(
-                f"'{path}' holds Python objects ({found[1]}) beside tensors, which could run code when read;"
-                " where you trust the file, save its state dict alone"
-            ) from error
-        if isinstance(error, CheckpointError):
-            raise
-        # What torch says of `weights_only` advises what is never done here.
-        reason = "" if "weights_only" in text else f": {brief(error)}"
-        raise CheckpointError(f"'{path}' is damaged or no weight file{reason}; use another") from error
-    tensors = _named_tensors(content)
+        tensors = read_safetensors(path, size)
+    else:
+        tensors = read_torch(path, size, archive=head.startswith(b"PK"))
     for name, tensor in tensors.items():
-        _check_stored(path, name, tensor)
-    if not tensors:
-        kind = type(content).__name__
-        raise CheckpointError(
-            f"'{path}' holds no named tensors but a {kind}; a state dict or {{'model': ...}} is needed"
-        )
-    return tensors
-
-
-def _check_archive(path: Path) -> None:
-    """Raise CheckpointError for an archive whose members are packed, which torch never does.
-
-    A few bytes could become more than the memory holds.
-    """
-    with zipfile.ZipFile(path) as archive:
-        packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise CheckpointError(
-            f"'{path}' has packed members ({some(packed)}), which torch does not write; unpack it, and save"
-            " its state dict with torch.save"
-        )
-
-
-def _check_stored(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError for a tensor of no plain numbers, or larger than what is stored of it."""
-    if tensor.is_sparse or tensor.is_quantized or tensor.layout != torch.strided:
-        raise CheckpointError(f"'{path}': {name} is no plain tensor ({tensor.layout}); save it as one")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        stored = tensor.untyped_storage().nbytes()
-        raise CheckpointError(
-            f"'{path}': {name} is {tuple(tensor.shape)}, but only {stored} bytes of it are there"
-        )
-
-
-def _named_tensors(content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping):
-        return {}
-    for wrapper in _WRAPPERS:
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-            content = inner
-            break
-    tensors = {
-        name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if tensors and all(name.startswith("module.") for name in tensors):
-        return {name.removeprefix("module."): value for name, value in tensors.items()}
+        if len(name) > MOST_NAME or not name.isprintable():
+            raise CheckpointError(f"'{path}' has a tensor whose name is none: '{shown(name)}'; use another")
+        if tensor.ndim > MOST_AXES:
+            raise CheckpointError(f"'{path}': {name} has {tensor.ndim} dimensions; use another")
     return tensors

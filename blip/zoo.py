@@ -21,6 +21,7 @@ from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import as_lavis, to_model
 from blip.formats.hf_llm import with_rows, without_image_rows
+from blip.formats.limits import check_size, check_values, sketch
 from blip.formats.load import fill
 from blip.formats.objects import as_values
 from blip.formats.source import (
@@ -35,6 +36,7 @@ from blip.formats.source import (
     recognise,
     torch_cache,
 )
+from blip.meta import on_meta
 from blip.models.base import BlipModel
 from blip.models.published import model_zoo
 from blip.registry import MODELS
@@ -274,7 +276,12 @@ def _load(
     device: torch.device,
     overrides: dict[str, Any],
 ) -> Any:
-    known = identify(source, read_weights(source.weights), arch, model_type, device, overrides)
+    stored = read_weights(source.weights)
+    known = identify(source, stored, arch, model_type, device, overrides)
+    name = f"'{source.name}'"
+    # A configuration from elsewhere may ask for more memory than there is.
+    meant = sketch(lambda: known.cls.build(known.config, source.data_root), name)
+    check_size(meant, stored, left_out(known.weights.tensors, meant.freezable), name)
     model = known.cls.build(known.config, source.data_root)
     if source.processors is not None:
         model.processors = source.processors
@@ -293,6 +300,7 @@ def _foreign_config(
 ) -> Any:
     """The configuration of weights that others wrote: what their files tell, then the preset that fits."""
     found, unknown = cls.sizes_of(weights.tensors)
+    check_values(found, f"'{source.name}': what its tensors tell")
     if source.values is not None:
         found, unknown = dict(source.values), []
         if found.pop("arch", arch) != arch:  # a relative, which has no place for some of it
@@ -406,7 +414,7 @@ def _from_scratch(
         preset["load_llm"] = False
     config = _config(cls, arch, model_type, {}, overrides, preset)
     if device.type == "meta":
-        with device:
+        with on_meta():
             return cls.build(config)
     model = cls.build(config)
     for line in model.load_parts():

@@ -23,9 +23,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("build", "predict", "convert", "capfilt"),
     4: ("cli", "zoo"),
     3: ("models", "processors", "data", "tasks", "engine", "formats"),
-    2: ("config",),
-    1: ("layers", "losses", "metrics", "weights", "registry", "templates", "together"),
-    0: ("__init__", "atomic", "batch", "dist", "errors", "keyed", "places"),
+    2: ("config", "weights"),
+    1: ("layers", "losses", "metrics", "registry", "stored", "templates", "together"),
+    0: ("__init__", "atomic", "batch", "dist", "errors", "keyed", "meta", "places"),
 }
 COMMAND = 6
 """The floor of every `__main__.py`, whatever folder it lies in."""

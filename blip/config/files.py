@@ -17,6 +17,7 @@ from blip.errors import ConfigError, nearest
 SMALL_RECIPES = ("tiny", "laptop")
 SUFFIXES = (".yaml", ".yml")
 COMMENT_COLUMN = 48
+MOST_BYTES = 1 << 20
 MOST_VALUES = 50_000
 _OVERRIDE = re.compile(r"(model|datasets|run)\.[\w.]+=")
 DEEPEST = 32
@@ -106,6 +107,8 @@ def read_yaml(path: Path, shown: str) -> dict[str, Any]:
         ConfigError: unreadable, not YAML, or a key stands twice; the message names the line.
     """
     try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ConfigError(f"{shown}: has {size} bytes, and {MOST_BYTES} are the most")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{shown}: cannot be read ({error}); give a YAML text file") from error
@@ -222,6 +225,19 @@ class _DataLoader(yaml.SafeLoader):
         self.flatten_mapping(node)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put in what `<<` names; sections that double each other could fill the memory."""
+        count = len(node.value)
+        for key, value in list(node.value):
+            if key.tag == "tag:yaml.org,2002:merge":
+                for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(part, yaml.MappingNode):
+                        self.flatten_mapping(part)
+                        count += len(part.value)
+        if count > MOST_VALUES:
+            raise ConfigError(f"{self.name}: too many values put in by '<<'; write the values out")
+        super().flatten_mapping(node)
+
 
 class _DataDumper(yaml.SafeDumper):
     """Quotes what `_DataLoader` would read as something else, and keeps every text on one line."""
@@ -252,6 +268,8 @@ def _parse(text: str, shown: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"{shown}, line {mark.line + 1}" if mark else shown
         raise ConfigError(f"{place}: not valid YAML ({error.problem})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{shown}: sections in sections, more than can be read") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{shown}: not valid YAML ({str(error).splitlines()[0]})") from error
     finally:

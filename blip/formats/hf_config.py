@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from blip.errors import CheckpointError, UsageError, brief, hint
+from blip.errors import BlipError, CheckpointError, UsageError, brief, hint
 from blip.formats import hf, hf_blip, hf_llm
 from blip.formats.hf_blip import EXPLICIT, check_fixed
-from blip.weights import untie
+from blip.weights import some, untie
 
 
 def _word_pieces(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, 
 
     name = next((name for name in architectures if name in CLASSES), None)
     if name is None:
-        given = ", ".join(architectures)
+        given = some(architectures)
         raise CheckpointError(
             f"'{folder}' holds a {given}, which has no counterpart here{hint(given, CLASSES)}"
         )
@@ -146,7 +146,9 @@ def read_folder(folder: Path, architectures: list[str]) -> tuple[str, dict[str, 
         _check_explicit(folder, CLASSES[name].explicit)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         values = CLASSES[name].values(config)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except BlipError:
+        raise
+    except Exception as error:  # each class of transformers checks in its own way
         raise CheckpointError(f"'{folder}': config.json is none of a {name} ({brief(error)})") from error
     values = CLASSES[name].tokenizers(folder, values)
     return values.pop("arch", CLASSES[name].arch), values

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blip.errors import CheckpointError, ConfigError
 from blip.formats.hf_config import theirs_of
 from blip.formats.hf_llm import image_row
+from blip.meta import on_meta
 from blip.weights import save_shards, some
 
 
@@ -87,7 +88,7 @@ def write_folder(
         UsageError: transformers has no such model.
         CheckpointError: a tensor is missing or has no place there, or a file cannot be written.
     """
-    with torch.device("meta"):
+    with on_meta():
         theirs = theirs_of(arch, model)
     _untie(theirs, state)
     files = save_shards(_ForThem(theirs, state), folder, shard_bytes, release)

@@ -276,10 +276,10 @@ def without_image_rows(
     """
     sizes = dict(values.get("llm", {}).get("sizes", {}))
     rows, pad = sizes.get("vocab_size"), sizes.get("pad_token_id")
-    if image_token is None or rows is None or not 0 <= image_token < rows:
+    if not (isinstance(image_token, int) and isinstance(rows, int) and 0 <= image_token < rows):
         return dict(values), tensors
     kept = {**values, "llm": {**values["llm"], "image_token": image_token}}
-    if pad is None or not pad < image_token:
+    if not isinstance(pad, int) or not 0 <= pad < image_token:
         return kept, tensors
     long = [n for n in tensors if n.startswith("llm.model.") and tensors[n].shape[:1] == (rows,)]
     added = [bool((tensors[n][image_token:] == tensors[n][pad]).all()) for n in long]

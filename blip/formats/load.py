@@ -10,7 +10,7 @@ from typing import Any
 
 from blip.errors import CheckpointError
 from blip.formats.source import Recognised, frozen_elsewhere, left_out, local_copy, recognise
-from blip.weights import load_into, matches, read_weights
+from blip.weights import load_into, matches, read_weights, some
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,10 @@ def fill(model: Any, weights: Recognised, name: str, present: list[str]) -> list
     lacking = [*weights.absent, *kept, *(f"{prefix}*" for prefix in (*present, *model.replaceable))]
     report = load_into(model, tensors, source=name, allow_missing=lacking)
     lines = [report.text()]
+    if report.nan:
+        log.warning(
+            "%s: %s hold values that are no numbers; it is damaged, or diverged", name, some(report.nan)
+        )
     for reason in dict.fromkeys(without_place.values()):
         names = [n for n, why in without_place.items() if why == reason]
         lines.append(f"left out of {name}: {_by_part(names)} ({reason})")

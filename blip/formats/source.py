@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,23 @@ from blip.errors import CheckpointError, brief
 from blip.formats import hf, lavis
 from blip.formats.hf_config import read_folder
 from blip.formats.hf_llm import IMAGE_TOKEN
+from blip.formats.limits import check_values
 from blip.formats.rules import Line, Omit, Table
 from blip.places import WEIGHTS_FOLDER, data_root
+from blip.stored.files import inside, read_json
 from blip.weights import CHECKPOINT_FOLDER, MODEL_FOLDER, find_weights
 
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 PICKLES = ("*.bin", "*.pth", "*.pt")
 """Fetched only where a repository has no safetensors; read with `weights_only`, so they run no code."""
 
+_TOKENIZERS = ("tokenizer", "llm_tokenizer", "qformer_tokenizer")
+"""Folders beside weights."""
+_BESIDE = (".json", ".txt", ".model", ".jinja", ".yaml")
+"""What is read beside weights."""
+MOST_BESIDE = 256 << 20
+"""Bytes of such a file; the largest tokenizers have 40 million."""
+_CONFIGURATION = "model configuration"
 _ADDRESS = re.compile(r"https?://")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -191,10 +199,10 @@ def frozen_elsewhere(weights: Path) -> dict[str, str]:
     """Frozen parts that our own weights leave out -> where they came from, by the `config.json` beside."""
     file = find_weights(weights).parent / "config.json"
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        said = read_json(inside(file), _CONFIGURATION)
+    except CheckpointError:
         return {}
-    found = said.get("frozen_parts") if isinstance(said, dict) else None
+    found = said.get("frozen_parts")
     return {str(part): str(place) for part, place in found.items()} if isinstance(found, dict) else {}
 
 
@@ -235,24 +243,43 @@ def _snapshot(name: str) -> Path:
 
 
 def _read_json(found: Source, file: Path) -> None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        architectures = [str(name) for name in content.get("architectures") or []]
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"'{file}' is no model configuration ({error}); fetch or write it again"
-        ) from error
+    _check_beside(file.parent)
+    content = read_json(file, _CONFIGURATION)
+    check_values(content, f"'{file}'")
+    architectures = content.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise CheckpointError(f"'{file}': architectures is no list; fetch or write it again")
     if content.get("format") == "blip":
         if not isinstance(content.get("config"), dict):
             raise CheckpointError(f"'{file}' has no section 'config'; write it again with save_pretrained")
+        _check_arch(content["config"], file)
         found.values, found.own = _beside(file.parent, content["config"]), True
         found.processors = _processors(content.get("processors"))
         absent = content.get("absent")
         found.absent = [str(name) for name in absent] if isinstance(absent, list) else []
     elif architectures:
-        arch, values = read_folder(file.parent, architectures)
+        arch, values = read_folder(file.parent, [str(name) for name in architectures])
         found.image_token = values.pop(IMAGE_TOKEN, None)
         found.values = {"arch": arch, **values}
+
+
+def _check_arch(values: Mapping[str, Any], file: Path) -> None:
+    for key in ("arch", "model_type"):
+        if not isinstance(values.get(key, ""), str):
+            raise CheckpointError(f"'{file}': {key} is no name but {values[key]!r}; fetch or write it again")
+
+
+def _check_beside(folder: Path) -> None:
+    """Raise CheckpointError where what is read beside weights is huge, or a link that leads out."""
+    places = [folder, *(place for name in _TOKENIZERS if (place := folder / name).is_dir())]
+    for place in places:
+        if place.is_symlink() and place != folder:
+            inside(place, folder)
+        for file in place.iterdir():
+            if file.suffix not in _BESIDE or not file.is_file():
+                continue
+            if (size := inside(file, folder).stat().st_size) > MOST_BESIDE:
+                raise CheckpointError(f"'{file}' has {size} bytes, and {MOST_BESIDE} are the most")
 
 
 def _beside(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,9 +300,11 @@ def _is_run(place: Path, folder: Path) -> bool:
 
 
 def _read_run(found: Source, file: Path) -> None:
-    tree = read_yaml(file, str(file))
+    tree = read_yaml(inside(file), str(file))
     if not isinstance(tree.get("model"), dict):
         raise CheckpointError(f"'{file}' has no section 'model', so it is not the configuration of a run")
+    check_values(tree["model"], f"'{file}'")
+    _check_arch(tree["model"], file)
     if found.values is None:
         found.values, found.own = dict(tree["model"]), True
     run, datasets = tree.get("run") or {}, tree.get("datasets") or {}

@@ -20,6 +20,7 @@ from blip.errors import ConfigError, DataError
 from blip.layers.decoding import Decoding, Draws, Generated, candidate_scores, flush_left, generate
 from blip.layers.half import HalfGradients
 from blip.losses import at_least_float32, lm_loss
+from blip.meta import on_meta
 from blip.models.llm_build import (
     add_lora,
     grow_vocabulary,
@@ -86,7 +87,7 @@ class LanguageModel(nn.Module, ABC):
         """What is trained: parameters that the model has too, under names of their own."""
         self.register_state_dict_post_hook(_without_shared)
         self.register_load_state_dict_pre_hook(_as_saved)
-        with torch.device("meta") if self._sketch else nullcontext():
+        with on_meta() if self._sketch else nullcontext():
             model = self._random()
         self._take(model)
 

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from blip.errors import ConfigError, DataError, brief
-from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, UNK, id_rows
+from blip.models.tokenizer import CLS, EMBEDDED, MASK, PAD, SEP, STRANGE, UNK, id_rows
 from blip.places import find_file
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model")
@@ -98,7 +98,17 @@ class LlmTokenizer:
         Raises:
             ConfigError: there is no such tokenizer, or it cannot be used.
         """
-        return cls(_load(source, data_root), kind, end, bos)
+        tokenizer = _load(source, data_root)
+        try:
+            made = cls(tokenizer, kind, end, bos)
+            made.raw([STRANGE])
+            return made
+        except ConfigError:
+            raise
+        except Exception as error:  # what a damaged one makes of texts
+            raise ConfigError(
+                f"model.llm.tokenizer: {source!r} cannot be used ({brief(error)}); write it again"
+            ) from error
 
     def raw(self, texts: Sequence[str], control: bool = True) -> list[list[int]]:
         """The bare tokens of each text.
@@ -369,7 +379,7 @@ def _without_image(tokenizer: Any) -> Any:
 def _needed(source: str, data_root: str | Path | None) -> str:
     """What a folder with the file of SentencePiece alone (LLaMA, Vicuna) needs besides; empty for others."""
     folder = Path(locate(source, data_root).name)
-    files = [name for name in SENTENCEPIECE if (folder / name).is_file()]
+    files = [name for name in SENTENCEPIECE if os.path.isfile(folder / name)]
     if not files or (folder / "tokenizer.json").is_file() or find_spec("sentencepiece"):
         return ""
     return f". {files[0]} alone is read by sentencepiece, which is not installed: pip install 'blip[llm]'"

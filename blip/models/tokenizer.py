@@ -12,7 +12,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 from torch import Tensor
 
-from blip.errors import ConfigError
+from blip.errors import ConfigError, brief
 from blip.places import find_file
 
 EMBEDDED = "scenes"
@@ -22,6 +22,8 @@ KNOWN = {"bert-base-uncased": 30522}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 DEC, ENC = "[DEC]", "[ENC]"
+STRANGE = "a \u2603"
+"""Has a letter that vocabularies lack."""
 
 
 class Ends(NamedTuple):
@@ -57,6 +59,10 @@ class WordPieces:
         self.source = source
         self._tokenizer = _load(source, data_root)
         self._tokenizer.add_special_tokens(list(added))
+        try:
+            self._tokenizer.encode(STRANGE)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConfigError(f"model.tokenizer: {source!r} cannot be used ({brief(error)})") from error
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.pad_id, self.cls_id, self.sep_id = (self._id(token) for token in (PAD, CLS, SEP))
         self.dec_id = self._id(DEC)
@@ -131,10 +137,15 @@ def _load(source: str, data_root: str | Path | None) -> Tokenizer:
     if source == EMBEDDED:
         return _word_pieces(Path(str(resources.files("blip") / "models" / "scenes_vocab.txt")))
     path = find_file(source, data_root) or Path(source)
-    if (path / "tokenizer.json").is_file():
-        return _plain(Tokenizer.from_file(str(path / "tokenizer.json")))
+    if os.path.isfile(path / "tokenizer.json"):  # also of names that no file can have
+        try:
+            return _plain(Tokenizer.from_file(str(path / "tokenizer.json")))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ConfigError(
+                f"model.tokenizer: '{path / 'tokenizer.json'}' is no tokenizer ({brief(error)})"
+            ) from error
     for file in (path, path / "vocab.txt"):
-        if file.is_file():
+        if os.path.isfile(file):
             return _word_pieces(file)
     return _from_hub(source)
 
@@ -154,7 +165,7 @@ def _from_hub(name: str) -> Tokenizer:
 
     try:
         return _plain(AutoTokenizer.from_pretrained(name, use_fast=True).backend_tokenizer)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub client raises errors of many packages
         raise ConfigError(
             f"model.tokenizer: no vocabulary {name!r}: not a vocab.txt or folder on disk, and not in the"
             f" Hugging Face cache or reachable on its hub ({type(error).__name__}); give the path of a"

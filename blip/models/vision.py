@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from blip.config.schema import Section
 from blip.errors import CheckpointError, ConfigError, UsageError, brief, nearest
 from blip.layers.vit import NAMED, Vit, VitConfig, block_number, layer_id, rename_openai_clip, resize_on_load
+from blip.meta import on_meta
 from blip.models.published import published_towers
 from blip.places import data_root, find_file
 from blip.weights import read_weights
@@ -396,7 +397,7 @@ def _build_timm(config: VisionConfig) -> Any:
     given = {key: value for key, value in sizes.items() if value is not None}
     try:
         if config.mlp_dim:
-            with torch.device("meta"):
+            with on_meta():
                 sketch: Any = timm.create_model(name, **given)
             width = sketch.embed_dim
             given["mlp_ratio"] = (config.mlp_dim + 0.5) / width  # timm truncates width * ratio

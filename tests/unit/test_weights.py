@@ -294,6 +294,22 @@ def test_nothing_is_missing_left_over_or_misshapen_unless_allowed(
     assert {*report.missing, *report.unexpected} == set(change)
 
 
+def test_a_cast_that_rounds_and_values_that_are_no_numbers_are_reported() -> None:
+    module = Tied().half()
+    given = {name: tensor.float() for name, tensor in module.state_dict().items()}
+    given["extra.weight"][1, 0] = float("nan")
+    given["extra.bias"] = torch.full((2,), float("inf")).half()
+    report = load_into(module, given)
+    assert report.rounded == dict.fromkeys(
+        ["embedding.weight", "head.weight", "extra.weight"], ("float32", "float16")
+    )
+    assert report.nan == ["extra.weight"]
+    assert "3 rounded from float32 to float16 (embedding.weight, head.weight, extra.weight)" in report.text()
+    assert "1 with values that are no numbers (extra.weight)" in report.text()
+    back = load_into(Tied(), {name: tensor.half() for name, tensor in Tied().state_dict().items()})
+    assert (back.rounded, back.nan) == ({}, [])
+
+
 def test_position_embeddings_that_the_module_adapts_are_reported_as_reshaped() -> None:
     module = nn.Module()
     module.pos_embed = nn.Parameter(torch.zeros(1, 1 + 16, 8))
