@@ -30,7 +30,7 @@ from blip.config.typed import model_overrides
 from blip.data.samples import BadRecord, read_image
 from blip.errors import DataError, UsageError
 from blip.registry import MODELS
-from blip.weights import save_safetensors
+from blip.weights import save_safetensors, some
 from blip.zoo import from_pretrained, load_model, load_preprocess
 
 log = logging.getLogger("blip.predict")  # `__name__` is `__main__` in a command
@@ -62,6 +62,9 @@ RELATIVES = {
     ("blip2_feature_extractor", "match"): "blip2_image_text_matching",
 }
 """Model and task -> the model that does it with the same weights, all of whose parts are among them."""
+
+UNUSED = ("temp", "twin.", "queue.")
+"""What training alone needs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +190,11 @@ def model_for(
         raise UsageError(
             f"{task}: {model.config.arch} cannot do that; give weights (--checkpoint) or the name (--model)"
             f" of one that can: {', '.join(able)}"
+        )
+    if lacking := [name for name in model.unknown if not name.startswith(UNUSED)]:
+        raise UsageError(
+            f"--model {model.config.arch}: the weights have no {some(lacking)}, which would be random; give"
+            " weights of that model, or leave --model out"
         )
     return model
 

@@ -79,6 +79,7 @@ def fill(model: Any, weights: Recognised, name: str, present: list[str]) -> list
     made = [n for n in report.missing if n.startswith(tuple(model.replaceable))]
     lines += model.replace(made) if made else []
     stay = [n for n in report.missing if n not in made and matches(n, [*weights.absent, *kept])]
+    model.unknown = [n for n in stay if matches(n, kept)]
     if stay:
         model.begin_anew(stay)
         log.warning("%s has no %s, which keep the values they start with", name, _by_part(stay))

@@ -88,6 +88,8 @@ class BlipModel(nn.Module):
         """What turns pictures and texts into this model's input; `config.json` keeps it."""
         self.load_report: list[str] = []
         """What became of the names of the weights that were loaded: a line for each part."""
+        self.unknown: list[str] = []
+        """Names of which the weights that were loaded say nothing: those of another model of the family."""
 
     def __call__(self, samples: dict[str, Any] | None = None, /, *args: Any, **more: Any) -> Any:
         """`forward`. What is named and no argument of it joins the samples: `model(image=x, text_ids=y)`."""

@@ -20,7 +20,9 @@ from blip.engine.checkpoint import Checkpoints
 from blip.errors import BlipError, CheckpointError, ConfigError, UsageError
 from blip.formats.load import load_any
 from blip.models.vision import VisionConfig
+from blip.predict import model_for
 from blip.weights import read_weights, save_safetensors
+from tests.reference.small_blip import small_blip
 
 TINY: dict[str, Any] = {
     "vit_model": "vit_base",
@@ -324,3 +326,13 @@ def test_what_became_of_the_names_stays_with_the_model(tmp_path: Path) -> None:
     assert "tensors loaded from" in report[0]
     assert "1 reshaped (vision.vit.pos_embed)" in report[0]
     assert tiny().load_report == []
+
+
+def test_parts_that_weights_say_nothing_of_are_named_and_not_used(tmp_path: Path) -> None:
+    folder = small_blip("matching", tokenizer="scenes", vocab_size=None).float().save_pretrained(tmp_path)
+    assert blip.from_pretrained(folder, arch="blip_image_text_matching").unknown == []
+    captioner = blip.from_pretrained(folder, arch="blip_caption")
+    assert {name.partition(".")[0] for name in captioner.unknown} == {"lm_head"}
+    with pytest.raises(UsageError, match=r"--model blip_caption: the weights have no .* would be random"):
+        model_for("caption", "blip_caption", checkpoint=str(folder))
+    assert model_for("match", checkpoint=str(folder)).unknown == []
