@@ -12,7 +12,7 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from blip import atomic
 from blip.cli import guard, set_up_logging
 from blip.config.typed import model_overrides
 from blip.errors import CheckpointError, UsageError
@@ -35,7 +34,7 @@ from blip.models.base import BlipModel
 from blip.models.blip2_llm import LLM
 from blip.models.llm_tokenizer import locate
 from blip.models.vision import DTYPES
-from blip.weights import StoredWeights, matches, save_shards, some
+from blip.weights import StoredWeights, matches, origin, save_shards, save_torch, some
 from blip.zoo import Known, identify, load_frozen, load_preprocess
 
 log = logging.getLogger("blip.convert")  # `__name__` is `__main__` in a command
@@ -44,6 +43,8 @@ Layout = Literal["blip", "lavis", "hf"]
 Frozen = Literal["refer", "copy"]
 SHARD_BYTES = 5_000_000_000
 """Largest file, as of transformers."""
+AT_ONCE = 250_000_000
+"""Of a single file, so much is in memory at most, or a tensor."""
 TOWER = "vision.vit.patch_embed.proj.weight"
 """One of the tower's tensors."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -123,7 +124,8 @@ def convert(
     table = hf.table(name) if to == "hf" else lavis.table(name, _variant(known.config))
     theirs = table.theirs(state)
     if to == "lavis":
-        files = _write_lavis(theirs, place)
+        save_torch(theirs, place, "model", min(shard_bytes, AT_ONCE), release)
+        files = [place]
     else:
         picture = _picture(model)
         files, more = write_folder(name, model, theirs, place, shard_bytes, release, picture)
@@ -227,6 +229,10 @@ def _stored_llm(model: BlipModel, folder: Path) -> _StoredLlm | None:
 class _Joined(Mapping[str, Tensor]):
     """Several mappings as one; names are in one of them each."""
 
+    def origin(self, name: str) -> Hashable:
+        """As of `blip.weights.origin`."""
+        return id(self._of[name]), origin(self._of[name], name)
+
     def __init__(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
         self._of = {name: part for part in parts for name in part}
 
@@ -280,15 +286,6 @@ def _checked(
     lines = fill(model, Recognised(weights.arch, shapes, weights.absent), f"'{found.name}'", absent)
     lacking = [key for key in model.state_dict() if key not in shapes and matches(key, weights.absent)]
     return model, lines, lacking
-
-
-def _write_lavis(state: Mapping[str, Tensor], file: Path) -> list[Path]:
-    """torch writes one tensor after the other, from where it is mapped."""
-    try:
-        atomic.write_file(file, lambda partial: torch.save({"model": dict(state)}, partial))
-    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
-        raise CheckpointError(f"cannot write '{file}': {error}") from error
-    return [file]
 
 
 def _through(first: list[Line], second: list[Line]) -> list[Line]:

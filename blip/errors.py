@@ -8,6 +8,8 @@ from collections.abc import Iterable
 EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_STOPPED = 3
+_CHOICES = 60
+"""Most that a message lists."""
 
 
 class BlipError(Exception):
@@ -44,7 +46,7 @@ def nearest(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
 
 
 def hint(name: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid choice, else all of them.
+    """The end of an error message: the nearest valid choice, else all of them, if they are not very many.
 
     Returns:
         `"; did you mean 'x'?"`, or `"; choose from a, b"`, or `""` when there is no choice at all.
@@ -53,7 +55,8 @@ def hint(name: str, choices: Iterable[str]) -> str:
     close = nearest(name, names)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; choose from {', '.join(names)}" if names else ""
+    more = f", ... and {len(names) - _CHOICES} more" if len(names) > _CHOICES else ""
+    return f"; choose from {', '.join(names[:_CHOICES])}{more}" if names else ""
 
 
 def brief(error: Exception, most: int = 200) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from blip import atomic
 from blip.errors import CheckpointError
-from blip.stored.files import MOST_AXES, MOST_NAME, inside, read_json, shown, size_of, some
-from blip.stored.safetensors_files import ALIASES, read_safetensors
-from blip.stored.torch_files import read_torch
+from blip.stored.files import inside, shown, some
+from blip.stored.reading import ENDINGS, read_file, shards
+from blip.stored.safetensors_files import ALIASES
+from blip.stored.torch_writer import write_torch
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_ENDING = ".index.json"
@@ -36,9 +38,7 @@ _FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin" + INDEX_ENDING,
 )
-_ENDINGS = (".safetensors", ".pth", ".pt", ".bin")
 _POINTER_BYTES = 256
-_INDEX = "index of weight files"
 
 
 @dataclass
@@ -109,7 +109,9 @@ class StoredWeights(Mapping[str, Tensor]):
         self.path = find_weights(source)
         sharded = self.path.name.endswith(INDEX_ENDING)
         self._open: dict[Path, Mapping[str, Tensor]] = {}
-        self._files = _shards(self.path) if sharded else dict.fromkeys(self._opened(self.path), self.path)
+        self._kept: set[Path] = set()
+        self._first: dict[Path, dict[str, str]] = {}
+        self._files = shards(self.path) if sharded else dict.fromkeys(self._opened(self.path), self.path)
         if sharded:
             self._check_shards()
 
@@ -125,12 +127,28 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def _opened(self, file: Path) -> Mapping[str, Tensor]:
         if file not in self._open:
-            self._open[file] = _read_file(file)
+            self._open[file], mapped = read_file(file)
+            if not mapped:
+                self._kept.add(file)
         return self._open[file]
 
     def release(self) -> None:
-        """Close the files; they are opened again when something is asked for."""
-        self._open.clear()
+        """Close the files; they are opened again when something is asked for.
+
+        Those that cannot be mapped stay open: reading them again would take longer, and as much memory.
+        """
+        self._open = {file: tensors for file, tensors in self._open.items() if file in self._kept}
+
+    def origin(self, name: str) -> Hashable:
+        """As of the function `origin`."""
+        file = self._files[name]
+        if file not in self._first:
+            first: dict[Any, str] = {}
+            opened = self._opened(file).items()
+            self._first[file] = {
+                other: first.setdefault(_identity(tensor), other) for other, tensor in opened
+            }
+        return file, self._first[file][name]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._opened(self._files[name])[name]
@@ -140,6 +158,12 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def origin(tensors: Mapping[str, Tensor], name: str) -> Hashable:
+    """What is equal for two names of one tensor; mappings with a method of this name know it."""
+    known = getattr(tensors, "origin", None)
+    return known(name) if known else name
 
 
 def find_weights(source: str | Path) -> Path:
@@ -170,7 +194,7 @@ def _found(source: str | Path) -> Path:
         found = pointed(path / name) / WEIGHTS_FILE
         if found.is_file():
             return inside(found, path)
-    only = sorted(p for p in path.iterdir() if p.suffix in _ENDINGS and p.is_file())
+    only = sorted(p for p in path.iterdir() if p.suffix in ENDINGS and p.is_file())
     if len(only) == 1:
         return inside(only[0])
     several = f"; it has {some([p.name for p in only])}, name one of them" if only else ""
@@ -340,7 +364,7 @@ def save_safetensors(
     if aliases:
         header[ALIASES] = json.dumps(aliases)
     try:
-        atomic.write_file(Path(path), lambda partial: save_file(kept, partial, metadata=header or None))
+        atomic.write_file(Path(path), lambda place: save_file(kept, place, metadata=header or None))
     except OSError as error:
         raise CheckpointError(f"cannot write '{path}': {error.strerror or error}") from error
 
@@ -386,7 +410,9 @@ def save_shards(
             tensor = tensors[name]
             own = tensor.numel() * tensor.element_size()
             if part and size + own > shard_bytes:
+                del tensor  # or its file would stay open
                 flush()
+                tensor = tensors[name]
             part[name] = tensor
             size, total = size + own, total + own
         del tensor
@@ -408,6 +434,32 @@ def save_shards(
     return files
 
 
+def save_torch(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    wrapper: str,
+    at_once: int,
+    release: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `{wrapper: tensors}` as `torch.save` does, atomically, and one tensor after the other.
+
+    Args:
+        tensors: on any device, contiguous or not; those of one `origin` are stored once.
+        path: file to make or replace; its folder must exist.
+        wrapper: the only key.
+        at_once: bytes of tensors between two calls of `release`, unless a single one has more.
+        release: told when no tensor is in use.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    same = partial(origin, tensors)
+    try:
+        atomic.write_file(path, lambda place: write_torch(tensors, place, wrapper, same, at_once, release))
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of the shell-style patterns fits the whole name."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -418,54 +470,3 @@ def _identity(tensor: Tensor) -> Any:
     if not tensor.numel() or tensor.is_meta:
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _shards(index: Path) -> dict[str, Path]:
-    """Name of a tensor -> the file that holds it, by an index."""
-    try:
-        places = {str(name): str(file) for name, file in read_json(index, _INDEX)["weight_map"].items()}
-    except (KeyError, AttributeError) as error:
-        raise CheckpointError(f"'{index}' is no {_INDEX}: it has no weight_map") from error
-    for file in sorted(set(places.values())):
-        # The index may come from anywhere; it must not lead out of its folder.
-        if Path(file).name != file or not file.endswith(_ENDINGS) or not file.isprintable():
-            raise CheckpointError(f"'{index}': shard '{shown(file)}' is no weight file beside the index")
-        if not _is_file(index.parent / file):
-            raise CheckpointError(
-                f"'{index}': shard '{shown(file)}' is missing; fetch it, {len(places)} tensors are listed"
-            )
-        inside(index.parent / file)
-    return {name: index.parent / file for name, file in places.items()}
-
-
-def _is_file(path: Path) -> bool:
-    """Whether a regular file is there; a name that no file can have is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    size = size_of(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"cannot read '{path}': {error.strerror or error}") from error
-    if not size:
-        raise CheckpointError(f"'{path}' is empty; copy or download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"'{path}' is a git-lfs pointer, not the weights; run 'git lfs pull' in its repository"
-        )
-    if path.suffix == ".safetensors":
-        tensors = read_safetensors(path, size)
-    else:
-        tensors = read_torch(path, size, archive=head.startswith(b"PK"))
-    for name, tensor in tensors.items():
-        if len(name) > MOST_NAME or not name.isprintable():
-            raise CheckpointError(f"'{path}' has a tensor whose name is none: '{shown(name)}'; use another")
-        if tensor.ndim > MOST_AXES:
-            raise CheckpointError(f"'{path}': {name} has {tensor.ndim} dimensions; use another")
-    return tensors

@@ -8,7 +8,7 @@ other field for one name between dots.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blip.errors import CheckpointError, nearest
+from blip.weights import origin
 
 State = Mapping[str, Tensor]
 Change = Callable[..., tuple[Tensor, ...]]
@@ -160,6 +161,13 @@ class Converted(Mapping[str, Tensor]):
         except ValueError as error:
             keys = ", ".join(move.line.source)
             raise CheckpointError(f"{self._name}: {keys} cannot be converted: {error}") from error
+
+    def origin(self, key: str) -> Hashable:
+        """As of `blip.weights.origin`: a second name has that of the first."""
+        move, place = self._places.get(key, (None, 0))
+        if move is None:
+            return key
+        return (id(move), place) if move.change else origin(self._state, move.line.source[place])
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._places, *self._made])

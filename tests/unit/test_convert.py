@@ -18,7 +18,7 @@ from blip.convert import convert, main
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf, lavis
 from blip.models.vision import VisionConfig
-from blip.weights import INDEX_ENDING, WEIGHTS_FILE, read_weights, save_shards
+from blip.weights import INDEX_ENDING, WEIGHTS_FILE, read_weights
 from tests.reference.small_blip import small_blip
 from tests.reference.small_stage2 import small_stage2
 
@@ -197,37 +197,3 @@ def test_a_part_that_is_referred_to_and_copied(tmp_path: Path) -> None:
     back = blip.from_pretrained(tmp_path / "hf")
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name][: len(tensor)] if tensor.ndim else tensor, tensor), name
-
-
-MEMORY = """
-import resource, sys
-from blip.convert import convert
-from blip.zoo import from_pretrained
-import transformers, torch
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-convert(sys.argv[1], sys.argv[2] + "/small", "hf")
-before = peak()
-convert(sys.argv[3], sys.argv[2] + "/large", "hf", shard_bytes=int(sys.argv[4]))
-print(peak() - before)
-"""
-
-
-def test_memory_is_that_of_one_shard(stage1: Path, tmp_path: Path) -> None:
-    """What a conversion of several shards adds to a process that has converted something before."""
-    large = {
-        **STAGE1_SIZES,
-        "vocab_size": None,
-        "vit": {**STAGE1_SIZES["vit"], "width": 768, "mlp_dim": 3072},
-    }
-    large["vit"] |= {"depth": 10, "heads": 12}
-    model = blip.load_model("blip2_image_text_matching", pretrained=False, **large)
-    shard = 60_000_000
-    (tmp_path / "ours").mkdir()
-    save_shards(model.state_dict(), tmp_path / "ours", shard)
-    model.describe(tmp_path / "ours", {})
-    total = sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert total > 4 * shard
-    command = [sys.executable, "-c", MEMORY, str(stage1), str(tmp_path), str(tmp_path / "ours"), str(shard)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1.3 * shard
