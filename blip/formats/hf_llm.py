@@ -223,6 +223,8 @@ def without_image_rows(
     if image_token is None or rows is None or pad is None or not pad < image_token < rows:
         return dict(values), tensors
     long = [n for n in tensors if n.startswith("llm.model.") and tensors[n].shape[:1] == (rows,)]
+    if any(tensors[name].is_meta for name in long[:1]):  # no values, so nothing tells
+        return dict(values), tensors
     added = [bool((tensors[n][image_token:] == tensors[n][pad]).all()) for n in long]
     if not long or not all(added):
         return dict(values), tensors
