@@ -299,7 +299,7 @@ def _foreign_config(
     overrides: dict[str, Any],
 ) -> Any:
     """The configuration of weights that others wrote: what their files tell, then the preset that fits."""
-    found, unknown = cls.sizes_of(weights.tensors)
+    found, unknown = measured = cls.sizes_of(weights.tensors)
     check_values(found, f"'{source.name}': what its tensors tell")
     if source.values is not None:
         found, unknown = dict(source.values), []
@@ -307,7 +307,7 @@ def _foreign_config(
             found = {key: value for key, value in found.items() if key in fields_of(cls)}
     preset: Mapping[str, Any] | None = None
     if model_type is None:  # what was found out wins over a preset that nobody asked for
-        model_type = _fitting_preset(cls, found)
+        model_type = _fitting_preset(cls, measured.values)
         preset = {k: v for k, v in cls.presets.get(model_type, {}).items() if k not in found}
     given = cls.presets.get(model_type, {}) if preset is None else preset
     open_keys = [key for key in unknown if not (_has(given, key) or _has(overrides, key))]
@@ -327,12 +327,13 @@ def fields_of(cls: type[BlipModel]) -> set[str]:
     return {part.name for part in fields(cls.config_class)}
 
 
-def _fitting_preset(cls: type[BlipModel], found: Mapping[str, Any]) -> str:
-    """The preset that agrees with most of what was found, the first of several."""
+def _fitting_preset(cls: type[BlipModel], measured: Mapping[str, Any]) -> str:
+    """The preset that agrees with most of what tensors tell, the first of several."""
+    defaults = {part.name: part.default for part in fields(cls.config_class)}
 
     def agreement(name: str) -> int:
-        shared = [key for key in cls.presets[name] if key in found and not isinstance(found[key], dict)]
-        return sum(1 if cls.presets[name][key] == found[key] else -1 for key in shared)
+        whole = {**defaults, **cls.presets[name]}
+        return sum(whole.get(key) == value for key, value in measured.items())
 
     return max(cls.presets, key=agreement, default="")
 

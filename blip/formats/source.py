@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +174,8 @@ def recognise(
         raise CheckpointError(
             f"{name}: {arch!r} cannot be read from this layout of weights, but {', '.join(module.TABLES)} can"
         )
-    tables = [(other, table) for other in known for table in _tables(module.TABLES[other])]
+    valued = not any(tensor.is_meta for tensor in islice(tensors.values(), 1))
+    tables = [(other, table) for other in known for table in _tables(module.TABLES[other], valued)]
     fitting = [(other, table) for other, table in tables if table.is_about(tensors)] or tables
     # To say what is nearest to unknown names takes a table a good part of a second.
     fitting = [(other, table) for other, table in fitting if table.knows(tensors)] or fitting
@@ -211,8 +213,11 @@ def left_out(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> list[s
     return [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in tensors)]
 
 
-def _tables(entry: Table | Mapping[str, Table]) -> list[Table]:
-    return [entry] if isinstance(entry, Table) else list(entry.values())
+def _tables(entry: Table | Mapping[str, Table], valued: bool) -> list[Table]:
+    """Variants in their order; of weights without values, which do not tell them apart, the usual first."""
+    if isinstance(entry, Table):
+        return [entry]
+    return list((entry if valued else {"": entry[""], **entry}).values())
 
 
 def cached_snapshot(name: str) -> Path | None:
