@@ -25,6 +25,7 @@ from blip.cli import guard, set_up_logging
 from blip.config.typed import model_overrides
 from blip.errors import CheckpointError, UsageError
 from blip.formats import hf, lavis
+from blip.formats.hf_config import theirs_of
 from blip.formats.hf_folder import Picture, write_folder
 from blip.formats.limits import check_size, sketch
 from blip.formats.load import FROZEN_KEYS, fill
@@ -116,13 +117,17 @@ def convert(
     places = {prefix: _origin(model, prefix, found) for prefix in absent}
     notes += [f"{prefix.rstrip('.')} is referred to: {where}" for prefix, where in places.items()]
     release()
-    _make_room(place.parent if to == "lavis" else place)
+    room = place.parent if to == "lavis" else place
     if to == "blip":
+        _make_room(room)
         files = save_shards(state, place, shard_bytes, release)
         model.describe(place, places, lacking)
         return Conversion(name, files, lines or [Line((k,), (k,), "the same") for k in state], notes)
+    if to == "hf":  # whether they have such a model is said better by what it lacks than by names
+        sketch(lambda: theirs_of(name, model), f"'{found.name}'")
     table = hf.table(name) if to == "hf" else lavis.table(name, _variant(known.config))
     theirs = table.theirs(state)
+    _make_room(room)
     if to == "lavis":
         save_torch(theirs, place, "model", min(shard_bytes, AT_ONCE), release)
         files = [place]

@@ -68,7 +68,11 @@ def fill(model: Any, weights: Recognised, name: str, present: list[str]) -> list
     tensors, without_place, kept = model.adopt(dict(weights.tensors))
     lacking = [*weights.absent, *kept, *(f"{prefix}*" for prefix in (*present, *model.replaceable))]
     report = load_into(model, tensors, source=name, allow_missing=lacking)
+    elsewhere = [n for n in report.missing if n.startswith(tuple(present))]
+    report.missing = [n for n in report.missing if n not in set(elsewhere)]
     lines = [report.text()]
+    if elsewhere:
+        lines.append(f"not in {name}, but read from where they came from: {_by_part(elsewhere)}")
     if report.nan:
         log.warning(
             "%s: %s hold values that are no numbers; it is damaged, or diverged", name, some(report.nan)
