@@ -21,12 +21,13 @@ from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import to_model
 from blip.formats.hf_llm import without_image_rows
-from blip.formats.limits import check_size, check_values, sketch
+from blip.formats.limits import check_size, sketch
 from blip.formats.load import fill
 from blip.formats.objects import as_values
 from blip.formats.source import Recognised, Source, left_out, open_source, recognise, torch_cache
 from blip.models.base import BlipModel
 from blip.registry import MODELS
+from blip.stored.values import check_values
 from blip.weights import read_weights
 
 log = logging.getLogger(__name__)
