@@ -109,35 +109,37 @@ class StoredWeights(Mapping[str, Tensor]):
         self.path = find_weights(source)
         sharded = self.path.name.endswith(INDEX_ENDING)
         self._open: dict[Path, Mapping[str, Tensor]] = {}
-        self._kept: set[Path] = set()
+        self._unmapped: Path | None = None
         self._first: dict[Path, dict[str, str]] = {}
         self._files = shards(self.path) if sharded else dict.fromkeys(self._opened(self.path), self.path)
         if sharded:
             self._check_shards()
 
     def _check_shards(self) -> None:
-        present = {file: set(self._opened(file)) for file in set(self._files.values())}
+        present = {file: dict.fromkeys(self._opened(file)) for file in dict.fromkeys(self._files.values())}
         absent = [name for name, file in self._files.items() if name not in present[file]]
         if absent:
             raise CheckpointError(
                 f"'{self.path}': the shards lack {len(absent)} tensors ({some(absent)}); fetch them again"
             )
-        # A shard may hold tensors that its index does not name.
-        self._files |= {name: file for file, names in present.items() for name in names - set(self._files)}
+        # File by file. A shard may hold tensors that its index does not name.
+        listed = self._files
+        self._files = {name: listed.get(name, file) for file, names in present.items() for name in names}
 
     def _opened(self, file: Path) -> Mapping[str, Tensor]:
         if file not in self._open:
+            if self._unmapped is not None:
+                self._open.pop(self._unmapped, None)  # before the next one takes memory
             self._open[file], mapped = read_file(file)
-            if not mapped:
-                self._kept.add(file)
+            self._unmapped = None if mapped else file
         return self._open[file]
 
     def release(self) -> None:
         """Close the files; they are opened again when something is asked for.
 
-        Those that cannot be mapped stay open: reading them again would take longer, and as much memory.
+        One that cannot be mapped stays, until the next such: to read it again would take as much memory.
         """
-        self._open = {file: tensors for file, tensors in self._open.items() if file in self._kept}
+        self._open = {file: tensors for file, tensors in self._open.items() if file == self._unmapped}
 
     def origin(self, name: str) -> Hashable:
         """As of the function `origin`."""

@@ -21,7 +21,7 @@ from blip.data.sources import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import as_lavis, to_model
 from blip.formats.hf_llm import with_rows, without_image_rows
-from blip.formats.limits import check_size, check_values, sketch
+from blip.formats.limits import check_size, sketch
 from blip.formats.load import fill
 from blip.formats.objects import as_values
 from blip.formats.source import (
@@ -40,6 +40,7 @@ from blip.meta import on_meta
 from blip.models.base import BlipModel
 from blip.models.published import model_zoo
 from blip.registry import MODELS
+from blip.stored.values import check_values
 from blip.weights import read_weights
 
 log = logging.getLogger(__name__)

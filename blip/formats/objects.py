@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from typing import Any
 
 from blip.errors import UsageError, brief
 from blip.formats.hf_llm import sizes_of_config
+from blip.stored.files import read_json
+from blip.stored.values import check_values
 from blip.weights import GIVEN
 
 _TOKENIZERS = ("tokenizer", "llm.tokenizer")
@@ -66,6 +69,8 @@ def _sizes(given: Any) -> Any:
         from transformers import AutoConfig
 
         try:
+            if os.path.isfile(file := Path(given) / "config.json"):
+                check_values(read_json(file, "model configuration"), f"'{file}'")
             given = AutoConfig.from_pretrained(given, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # each class checks in its own way
             raise UsageError(

@@ -16,10 +16,10 @@ from blip.errors import CheckpointError, brief
 from blip.formats import hf, lavis
 from blip.formats.hf_config import read_folder
 from blip.formats.hf_llm import IMAGE_TOKEN
-from blip.formats.limits import check_values
 from blip.formats.rules import Line, Omit, Table
 from blip.places import WEIGHTS_FOLDER, data_root
 from blip.stored.files import inside, read_json
+from blip.stored.values import check_values
 from blip.weights import CHECKPOINT_FOLDER, MODEL_FOLDER, find_weights
 
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from blip.errors import CheckpointError, ConfigError, brief, hint
 from blip.models.llm_config import LLMConfig, LoraConfig
 from blip.models.llm_tokenizer import Kind, LlmTokenizer, locate
 from blip.models.vision import DTYPES
-from blip.weights import some
+from blip.stored.files import inside, read_json
+from blip.stored.values import check_values
+from blip.weights import StoredWeights, some
 
 _ACTIVATIONS = ("dense_act_fn", "hidden_act", "activation_function", "hidden_activation")
 """What configurations call the activation function of the feed-forwards."""
@@ -29,6 +32,7 @@ def read_config(llm_model: str | None, config: LLMConfig, data_root: str | Path 
 
     Raises:
         ConfigError: neither says what to build, no such model, an unknown kind or size.
+        CheckpointError: a folder whose configuration no language model has.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -47,6 +51,7 @@ def read_config(llm_model: str | None, config: LLMConfig, data_root: str | Path 
         )
     else:
         name, options = locate(llm_model, data_root)
+        _check_config(Path(name))
         try:
             made = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:  # the hub client raises errors of many packages
@@ -60,6 +65,13 @@ def read_config(llm_model: str | None, config: LLMConfig, data_root: str | Path 
     if config.activation is not None:
         _set_activation(made, config.activation)
     return made
+
+
+def _check_config(folder: Path) -> None:
+    """Raise CheckpointError for a `config.json` that would keep transformers busy."""
+    file = folder / "config.json"
+    if os.path.isfile(file):
+        check_values(read_json(inside(file), "model configuration"), f"'{file}'")
 
 
 def _with_sizes(base: dict[str, Any], sizes: dict[str, Any], cls: Any) -> Any:
@@ -167,6 +179,8 @@ def pretrained_model(source: str, config: LLMConfig, data_root: str | Path | Non
     given: dict[str, Any] = {**options, **_quantised(config)}
     given.setdefault("dtype", DTYPES.get(config.precision, "auto"))
     try:
+        if not options and os.path.isdir(name):
+            StoredWeights(name).release()  # transformers would let torch read pickles without a look
         model, info = _auto_class(hf_config).from_pretrained(
             name,
             config=hf_config,

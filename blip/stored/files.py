@@ -18,7 +18,7 @@ MOST_AXES = 64
 """Dimensions of a tensor; torch computes with no more."""
 
 
-def shown(name: str, most: int = 100) -> str:
+def shown(name: str, most: int = 200) -> str:
     """A name out of a file as a message can hold it: neither long nor with control characters."""
     text = name if len(name) <= most else f"{name[:most]}... ({len(name)} letters)"
     return text if text.isprintable() else ascii(text)[1:-1]

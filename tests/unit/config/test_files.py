@@ -102,6 +102,12 @@ def test_a_wheel_and_a_checkout_both_have_their_recipes() -> None:
     assert find_config("blip2/pretrain_stage1").name == "blip2/pretrain_stage1"
 
 
+# Each section has nine times as many values as the one before.
+MERGES = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -113,6 +119,10 @@ def test_a_wheel_and_a_checkout_both_have_their_recipes() -> None:
         ("", "the file is empty"),
         ("- a\n- b\n", "found a list"),
         ("a: &a\n  b: *a\n", "aliases inside themselves"),
+        ("a: " + "[" * 5000, "sections in sections"),
+        ("a: &a {<<: *a}", "sections in sections"),
+        (MERGES, "too many values put in by '<<'"),
+        ("#" * (1 << 20) + "\n", "1048577 bytes, and 1048576 are the most"),
     ],
 )
 def test_what_is_no_plain_data_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:

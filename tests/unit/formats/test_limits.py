@@ -16,10 +16,14 @@ from torch import nn
 import blip
 from blip.convert import convert
 from blip.convert import main as convert_main
-from blip.errors import EXIT_USAGE, BlipError, CheckpointError, ConfigError
-from blip.formats.limits import MOST_VALUES, check_size, check_values, sketch
+from blip.errors import EXIT_USAGE, BlipError, CheckpointError, ConfigError, UsageError
+from blip.formats.limits import check_size, sketch
+from blip.models.llm import build_llm
+from blip.models.llm_config import LLMConfig
 from blip.models.llm_tokenizer import LlmTokenizer
 from blip.models.tokenizer import WordPieces
+from blip.stored.values import MOST_VALUES, check_values
+from tests.unit.stored.test_hostile import as_archive
 from tests.unit.test_convert import small
 
 
@@ -148,6 +152,22 @@ def test_a_run_whose_recipe_is_hostile(folders: dict[str, Path], tmp_path: Path)
         (run / "config.yaml").write_text(text)
         with pytest.raises((CheckpointError, ConfigError), match=reason):
             blip.from_pretrained(run)
+
+
+def test_a_language_model_s_folder_is_looked_at_before_transformers_reads_it(tmp_path: Path) -> None:
+    small("blip2_llm").llm.model.save_pretrained(tmp_path)
+    sizes = (tmp_path / "config.json").read_text()
+    (tmp_path / "model.safetensors").unlink()
+    bomb = b"\x80\x02}(K\x01" + b"\x85" * 1_000_000 + b"K\x01u."  # torch crashes at it
+    as_archive(tmp_path / "pytorch_model.bin", bomb, {})
+    llm = build_llm(str(tmp_path), LLMConfig(tokenizer="scenes"))
+    with pytest.raises(CheckpointError, match=r"no weights could be read from .*tuples in tuples"):
+        llm.load_initial()
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(sizes), "num_labels": 10**9}))
+    with pytest.raises(CheckpointError, match="num_labels is beyond"):
+        build_llm(str(tmp_path), LLMConfig())
+    with pytest.raises(UsageError, match="num_labels is beyond"):
+        blip.load_model("blip2_llm", pretrained=False, llm={"sizes": str(tmp_path)})
 
 
 # Parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -139,3 +140,19 @@ def test_a_file_that_cannot_be_mapped_is_read_once(
     stored.release()
     assert torch.equal(stored["a"], torch.ones(3))
     assert len(loads) == times
+
+
+def test_of_shards_that_cannot_be_mapped_one_is_in_memory(tmp_path: Path) -> None:
+    places = {}
+    for number in range(3):
+        file = f"pytorch_model-{number}.bin"
+        part = {f"{number}.{name}": torch.full((4,), float(number)) for name in "ab"}
+        torch.save(part, tmp_path / file, _use_new_zipfile_serialization=False)
+        places |= dict.fromkeys(part, file)
+    index = {"weight_map": dict(sorted(places.items(), key=lambda item: item[0][::-1]))}  # 0.a, 1.a, 2.a, 0.b
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    stored = StoredWeights(tmp_path)
+    assert list(stored) == ["0.a", "0.b", "1.a", "1.b", "2.a", "2.b"]  # file by file
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, torch.full((4,), float(name[0])))
+        assert [file.name for file in stored._open] == [places[name]]
