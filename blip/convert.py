@@ -31,6 +31,7 @@ from blip.formats.limits import check_size, sketch
 from blip.formats.load import FROZEN_KEYS, fill
 from blip.formats.rules import Line
 from blip.formats.source import Recognised, Source, left_out, open_source
+from blip.layers.vit import NAMED
 from blip.models.base import BlipModel
 from blip.models.blip2_llm import LLM
 from blip.models.llm_tokenizer import locate
@@ -131,6 +132,7 @@ def convert(
     if to == "lavis":
         save_torch(theirs, place, "model", min(shard_bytes, AT_ONCE), release)
         files = [place]
+        notes += untold(model)
     else:
         picture = _picture(model)
         files, more = write_folder(name, model, theirs, place, shard_bytes, release, picture)
@@ -150,6 +152,27 @@ def _as_stored(known: Known) -> Known:
 def _variant(config: Any) -> str:
     """What chooses between tables of one model."""
     return getattr(config, "vit_model", None) or getattr(config, "share", None) or ""
+
+
+def untold(model: BlipModel) -> list[str]:
+    """What LAVIS's file says nothing of, and its readers take to be as published; empty if it is so."""
+    config, tower = model.config, getattr(model.vision.vit, "config", None)
+    values: list[tuple[str, Any, Any]] = []
+    if tower is not None:
+        named = NAMED[tower.name]
+        values += [(f"vit.{key}", getattr(tower, key), getattr(named, key)) for key in ("heads", "norm_eps")]
+    for section in ("med", "qformer"):
+        part = getattr(config, section, None)
+        for key in ("num_heads", "norm_eps") if part is not None else ():
+            values.append((f"{section}.{key}", getattr(part, key), getattr(type(part), key)))
+    if hasattr(config, "ln_vision_eps"):
+        values.append(("ln_vision_eps", config.ln_vision_eps, type(config).ln_vision_eps))
+    if hasattr(config, "llm"):
+        values.append(("llm.sizes", config.llm.sizes, {}))
+    other = [f"{key}={own!r}" for key, own, usual in values if own != usual]
+    if not other:
+        return []
+    return [f"a file of LAVIS does not say {', '.join(other)}: give that again when it is read"]
 
 
 def _picture(model: BlipModel) -> Picture:

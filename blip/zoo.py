@@ -309,7 +309,12 @@ def _foreign_config(
     preset: Mapping[str, Any] | None = None
     if model_type is None:  # what was found out wins over a preset that nobody asked for
         model_type = _fitting_preset(cls, measured.values)
-        preset = {k: v for k, v in cls.presets.get(model_type, {}).items() if k not in found}
+        preset = dict(cls.presets.get(model_type, {}))
+        for key in preset.keys() & found.keys():
+            if key == "llm":
+                preset[key] = {k: v for k, v in preset[key].items() if k not in found[key]}
+            else:
+                del preset[key]
     given = cls.presets.get(model_type, {}) if preset is None else preset
     open_keys = [key for key in unknown if not (_has(given, key) or _has(overrides, key))]
     if open_keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from blip.errors import BlipError, CheckpointError, UsageError, brief, hint
 from blip.formats import hf, hf_blip, hf_llm
 from blip.formats.hf_blip import EXPLICIT, check_fixed
 from blip.weights import some, untie
+
+log = logging.getLogger(__name__)
 
 
 def _word_pieces(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +191,8 @@ def to_model(arch: str, model: Any) -> Any:
         CheckpointError: weights that its layout has no place for.
     """
     theirs = theirs_of(arch, model)
+    if (note := hf_llm.one_epsilon(model)) is not None:
+        log.info("to_hf: %s", note)
     state: Mapping[str, Tensor] = hf.table(arch).to_theirs(model.state_dict()).state
     untie(theirs, state)
     theirs.load_state_dict(hf_llm.with_image_row(theirs, state))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from blip.errors import CheckpointError, ConfigError
 from blip.formats.hf_config import theirs_of
-from blip.formats.hf_llm import image_row
+from blip.formats.hf_llm import image_row, one_epsilon
 from blip.meta import on_meta
 from blip.weights import save_shards, some
 
@@ -97,7 +97,8 @@ def write_folder(
     theirs.config.save_pretrained(folder)
     if theirs.can_generate():
         theirs.generation_config.save_pretrained(folder)
-    return files, _write_processor(model, folder, picture)
+    lost = [note for note in [one_epsilon(model)] if note]
+    return files, [*lost, *_write_processor(model, folder, picture)]
 
 
 def _untie(theirs: Any, state: Mapping[str, Tensor]) -> None:

@@ -42,6 +42,9 @@ QFORMER_TOKENIZER = "qformer_tokenizer"
 
 BEFORE = "text_before_soft_tokens"
 """Key of their configuration that keeps our `llm.before`, of which their model knows nothing."""
+
+_LN_VISION = "ln_vision_eps"
+"""Key of their vision configuration that only we read: they have no epsilon of its own for `ln_vision`."""
 IMAGE_TOKEN = "image_token"
 """Beside the values of a configuration: id that stands for a soft token in their texts."""
 
@@ -74,6 +77,7 @@ def values_of_parts(config: Any) -> dict[str, Any]:
         "vit_model": "eva_clip_g",
         "image_size": vision.image_size,
         "vit": {ours: getattr(vision, theirs) for ours, theirs in VIT.items()},
+        "ln_vision_eps": getattr(vision, _LN_VISION, vision.layer_norm_eps),
         "num_query_token": config.num_query_tokens,
         "cross_attention_freq": qformer.cross_attention_frequency,
         "qformer": {ours: getattr(qformer, theirs) for ours, theirs in BERT.items()},
@@ -162,10 +166,10 @@ def parts_of(config: Any, model: Any, name: str, vision_class: Any, qformer_clas
         raise UsageError(f"to_hf: {name} has an EVA tower (eva_clip_g), not {config.vit_model}")
     vit = model.vision.vit.config
     check_stem(vit)
-    # transformers has one epsilon for the blocks and for `ln_vision`, whose own is 1e-5 here and in LAVIS.
+    own = {} if one_epsilon(model) is None else {_LN_VISION: config.ln_vision_eps}
     return {
         "vision_config": vision_class(
-            image_size=vit.image_size, **{theirs: getattr(vit, ours) for ours, theirs in VIT.items()}
+            image_size=vit.image_size, **{theirs: getattr(vit, ours) for ours, theirs in VIT.items()}, **own
         ),
         "qformer_config": qformer_class(
             cross_attention_frequency=config.cross_attention_freq,
@@ -176,6 +180,18 @@ def parts_of(config: Any, model: Any, name: str, vision_class: Any, qformer_clas
         ),
         "num_query_tokens": config.num_query_token,
     }
+
+
+def one_epsilon(model: Any) -> str | None:
+    """What becomes of an epsilon of `ln_vision` that is not the tower's; None: it is."""
+    own = getattr(model.config, "ln_vision_eps", None)
+    tower = getattr(model.vision.vit, "config", None)
+    if own is None or tower is None or own == tower.norm_eps:
+        return None
+    return (
+        f"transformers computes the norm behind the tower with the tower's epsilon, {tower.norm_eps:g}; our"
+        f" ln_vision_eps, {own:g}, stands in config.json for the way back"
+    )
 
 
 def _parts(config: Any, model: Any, name: str, vision_class: Any, qformer_class: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Blip2Base(BlipModel):
     ) -> None:
         super().__init__(config, data_root)
         self.vision = VisionTower(config.tower())
-        self.ln_vision = nn.LayerNorm(self.vision.width, eps=1e-5)
+        self.ln_vision = nn.LayerNorm(self.vision.width, eps=config.ln_vision_eps)
         self.qformer = QFormer(
             config.qformer,
             config.num_query_token,

@@ -51,6 +51,8 @@ class Blip2Config(ModelConfig):
     timm's pretrained ones; null = random."""
     vit: VisionConfig = field(default_factory=VisionConfig)
     """Sizes of the tower that differ from the named one's."""
+    ln_vision_eps: float = 1e-5
+    """Epsilon of `ln_vision`, the norm behind the tower; transformers' models have the tower's there."""
     num_query_token: int = 32
     """Learned queries per image (Q)."""
     cross_attention_freq: int = 2
@@ -72,6 +74,8 @@ class Blip2Config(ModelConfig):
         found = super().problems() + self._at_least(1, "num_query_token", "cross_attention_freq")
         found += self._at_least(1, "image_size", "vocab_size") + self._at_least(3, "max_txt_len")
         found += self._at_least(0, "vit_train_steps") + self._within(0, 0.9, "dropout", "drop_path_rate")
+        if self.ln_vision_eps <= 0:
+            found.append(f"ln_vision_eps: {self.ln_vision_eps} is not above 0")
         if self.vit_train_steps and not self.freeze_vit:
             found.append(
                 "vit_train_steps: only for a tower that is frozen afterwards; set freeze_vit: true, or 0"

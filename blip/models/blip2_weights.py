@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip.layers.vit import NAMED
 from blip.models.base import Adopted, Sizes
-from blip.models.llm_presets import width_of_llm
+from blip.models.llm_presets import sizes_of_llm, width_of_llm
 from blip.models.qformer import QFormerConfig
 
 # What LAVIS's BLIP-2 always starts from. Building a model reads none of it; `load_parts` does.
@@ -117,6 +117,10 @@ NO_TEXT = "this Q-Former reads no text; with model.qformer_text_input it does"
 OTHER_LLM = "it speaks to a language model of another width"
 
 
+_WORDS = ("llm.model.shared.weight", "llm.model.model.embed_tokens.weight", ".decoder.embed_tokens.weight")
+"""What the word embeddings of T5, Llama and OPT are called."""
+
+
 def stage2_sizes(
     tensors: Mapping[str, Tensor], language_models: Iterable[str | None] = (), longest: int = 32
 ) -> Sizes:
@@ -134,6 +138,9 @@ def stage2_sizes(
         width = len(tensors["llm_proj.weight"])
         names = [name for name in language_models if name and width_of_llm(name) == width]
         values |= {"llm_model": names[0]} if names else {}
+        words = next((name for name in tensors if name.endswith(_WORDS)), None)
+        if names and words and len(tensors[words]) != sizes_of_llm(names[0], {})["vocab_size"]:
+            values["llm"] = {"sizes": {"vocab_size": len(tensors[words])}}
     return Sizes(values, unknown)
 
 

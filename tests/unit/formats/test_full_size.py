@@ -196,6 +196,18 @@ def test_what_a_file_is_shows_without_any_hint(name: str) -> None:
     assert differing <= {"load_llm"}  # without weights, a model starts from no part
 
 
+def test_a_language_model_with_more_words_shows_them() -> None:
+    """And keeps what the preset says of it."""
+    words = official.opt(2560)
+    words = {name: (50304, 2560) if shape == (50272, 2560) else shape for name, shape in words.items()}
+    shapes = complete(lambda: official.stage2(EVA, "opt_proj", 2560), "opt", lambda: words)()
+    known = identify(Source("x", Path("x")), on_meta(shapes), None, None, META, {})
+    assert (known.config.model_type, known.config.llm.end) == ("pretrain_opt2.7b", "\n")
+    with META:
+        built = known.cls.build(known.config)
+    assert shapes_of(known.weights.tensors) == shapes_of(built.state_dict())
+
+
 FILES_OF = {
     "model_base_capfilt_large": "model_base",
     "blip_flickr_retrieval": "blip_coco_retrieval",

@@ -94,6 +94,26 @@ def test_the_width_of_the_projection_tells_the_language_model(
     assert (values.get("llm_model"), values["qformer_text_input"], unknown) == (expected, text, [])
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "width", "rows", "found"),
+    [
+        (Blip2VicunaInstruct, "model.embed_tokens", 4096, 32000, {"sizes": {"vocab_size": 32000}}),
+        (Blip2VicunaInstruct, "model.embed_tokens", 4096, 32001, None),
+        (Blip2Opt, "model.decoder.embed_tokens", 2560, 50304, {"sizes": {"vocab_size": 50304}}),
+        (Blip2Opt, "model.decoder.embed_tokens", 2560, 50272, None),
+        (Blip2T5, "shared", 4096, 32100, {"sizes": {"vocab_size": 32100}}),
+        (Blip2T5, "shared", 4096, 32128, None),
+        (Blip2Opt, "model.decoder.embed_tokens", 1024, 32128, None),
+    ],
+)
+def test_another_number_of_words_than_the_published_one_shows(
+    cls: Any, name: str, width: int, rows: int, found: dict[str, Any] | None
+) -> None:
+    shapes = {**STAGE2, "llm_proj.weight": (width, 768), f"llm.model.{name}.weight": (rows, width)}
+    values, _ = cls.sizes_of(on_meta(shapes))
+    assert values.get("llm") == found
+
+
 def test_weights_of_stage_1_do_not_tell_whether_the_qformer_of_stage_2_reads() -> None:
     shapes = {**STAGE2, "qformer.embedding.word.weight": (30523, 768), "temp": ()}
     values, _ = Blip2Opt.sizes_of(on_meta(shapes))
