@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,17 +97,18 @@ def local_copy(source: str | Path) -> Path:
     Raises:
         CheckpointError: an address that is not in torch's cache, or a hub id that cannot be fetched.
     """
-    text, path = str(source), Path(source).expanduser()
+    # Unlike the methods of `Path`, these take names that no file can have.
+    text, path = str(source), Path(os.path.expanduser(source))
     if _ADDRESS.match(text):
         cached = torch_cache() / text.rpartition("/")[2]
-        if cached.is_file():
+        if os.path.isfile(cached):
             return cached
         raise CheckpointError(
             f"{text} is not on this machine: download it to '{cached}', or anywhere and give its path, as"
             " model.init_from=PATH to a command or checkpoint=PATH in Python, where pretrained=False builds a"
             " model with random weights"
         )
-    if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
+    if os.path.exists(path) or path.is_absolute() or not _HUB_ID.fullmatch(text):
         return path
     return _snapshot(text)
 
