@@ -281,7 +281,11 @@ def _check_target(place: Path, to: str) -> None:
         raise UsageError(f"'{place}': LAVIS's weights are one file; give a name that ends in .pth")
     if to != "lavis" and place.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         raise UsageError(f"'{place}': this layout is a folder of weights and configuration; give a folder")
-    if (place.is_dir() and any(place.iterdir())) or (place.exists() and not place.is_dir()):
+    try:
+        there = any(place.iterdir()) if place.is_dir() else place.exists()
+    except OSError as error:
+        raise UsageError(f"'{place}' cannot be written: {error.strerror or error}") from error
+    if there:
         raise UsageError(f"'{place}' is there already; remove it, or give another name")
 
 

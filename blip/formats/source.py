@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,12 +113,13 @@ def local_copy(source: str | Path, root: str | Path | None = None) -> Path:
     Raises:
         CheckpointError: an address whose file is not here, or a hub id that cannot be fetched.
     """
-    text, path = str(source), Path(source).expanduser()
+    # Unlike the methods of `Path`, these take names that no file can have.
+    text, path = str(source), Path(os.path.expanduser(source))
     if _ADDRESS.match(text):
         if (here := downloaded(text, root)) is not None:
             return here
         raise CheckpointError(not_here(text, root))
-    if path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
+    if os.path.exists(path) or path.is_absolute() or not _HUB_ID.fullmatch(text):
         return path
     return _snapshot(text)
 

@@ -170,6 +170,19 @@ def test_a_language_model_s_folder_is_looked_at_before_transformers_reads_it(tmp
         blip.load_model("blip2_llm", pretrained=False, llm={"sizes": str(tmp_path)})
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/w.pth", "https://here/" + "x" * 5000])
+def test_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        blip.from_pretrained(name)
+    assert convert_main([name, str(tmp_path / "out"), "--to", "blip"]) == EXIT_USAGE
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_cannot_be(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written: File name too long"):
+        convert(folders["ours"], tmp_path / ("x" * 300), "hf")
+
+
 # Parts
 
 
