@@ -127,7 +127,7 @@ def local_copy(source: str | Path, root: str | Path | None = None) -> Path:
 def downloaded(address: str, root: str | Path | None = None) -> Path | None:
     """The file of an address, if it is on this machine: in torch's cache, in the folder `weights` below the
     data root, or right below that."""
-    return next((place for place in _downloads(address, root) if place.is_file()), None)
+    return next((place for place in _downloads(address, root) if os.path.isfile(place)), None)
 
 
 def not_here(address: str, root: str | Path | None = None) -> str:
