@@ -311,7 +311,7 @@ def _foreign_config(
         model_type = _fitting_preset(cls, measured.values)
         preset = dict(cls.presets.get(model_type, {}))
         for key in preset.keys() & found.keys():
-            if key == "llm":
+            if key == "llm" and source.values is None:  # tensors tell rows; how it is used the preset does
                 preset[key] = {k: v for k, v in preset[key].items() if k not in found[key]}
             else:
                 del preset[key]

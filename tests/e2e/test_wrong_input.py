@@ -314,7 +314,7 @@ WEIGHTS: dict[str, tuple[Callable[[Path], list[str]], list[str]]] = {
     ),
     "no weight file": (
         lambda run: [f"model.init_from={run / 'config.yaml'}"],
-        ["model.init_from: '", "config.yaml' is damaged or no weight file; use another"],
+        ["model.init_from: '", "config.yaml' is damaged or no weight file: it does not begin", "use another"],
     ),
     "folder without weights": (
         lambda run: [f"model.init_from={run / 'predictions'}"],
