@@ -18,7 +18,7 @@ import torch
 from blip import dist, keyed
 from blip.config.files import tiny_recipe
 from blip.config.schema import Config, DatasetConfig
-from blip.data.catalog import CATALOG
+from blip.data.catalog.table import CATALOG
 from blip.data.features import fingerprint, view_of
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, available_splits, require_files

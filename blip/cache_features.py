@@ -23,7 +23,7 @@ from blip.batch import to_device
 from blip.build import build_model, joined, require_frozen, train_sets
 from blip.cli import run_command
 from blip.config.schema import Config
-from blip.data.catalog import names
+from blip.data.catalog.table import names
 from blip.data.datasets import PairDataset
 from blip.data.features import complete, cut, fingerprint, origin_of, part_name, read_part, write_part
 from blip.data.samples import BadRecord, SampleMaker, read_image

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from blip.build import execute
 from blip.cli import run_command
-from blip.data.catalog import names
+from blip.data.catalog.table import names
 
 
 def main(argv: Sequence[str] | None = None) -> int:

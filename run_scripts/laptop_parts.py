@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from blip.data.catalog import data_root
+from blip.data.catalog.table import data_root
 from blip.errors import UsageError
 from blip.weights import save_safetensors
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from blip.data.catalog import data_root
+from blip.data.catalog.table import data_root
 from blip.models.llm_tokenizer import LlmTokenizer
 
 KINDS = {"decoder": "causal", "encoder-decoder": "seq2seq"}

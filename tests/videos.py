@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from blip.data.scenes_render import render
-from blip.data.scenes_text import captions
-from blip.data.scenes_world import Scene, scenes
+from blip.data.scenes.render import render
+from blip.data.scenes.text import captions
+from blip.data.scenes.world import Scene, scenes
 
 FRAMES = 6
 

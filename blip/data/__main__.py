@@ -10,15 +10,15 @@ from pathlib import Path
 
 from blip.cli import guard, set_up_logging
 from blip.config.schema import DatasetConfig
-from blip.data import catalog
-from blip.data.catalog import CATALOG
-from blip.data.catalog_instruct import ALIASES, MEMBERS
+from blip.data.catalog import table as catalog
+from blip.data.catalog.instruct import ALIASES, MEMBERS
+from blip.data.catalog.table import CATALOG
 from blip.data.check import Report, check_split, count_words
 from blip.data.kinds import KINDS
 from blip.data.locate import MissingData, available_splits, locate
-from blip.data.prepare import prepare, wanted
+from blip.data.official.prepare import prepare, wanted
 from blip.data.records import COLUMNS
-from blip.data.scenes import make_scenes
+from blip.data.scenes.make import make_scenes
 from blip.errors import EXIT_OK, DataError, UsageError, hint
 from blip.models.tokenizer import WordPieces
 

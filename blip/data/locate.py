@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from blip.config.schema import DatasetConfig
-from blip.data import catalog
-from blip.data.catalog import CATALOG, Row
+from blip.data.catalog import table as catalog
+from blip.data.catalog.table import CATALOG, Row
 from blip.data.readers import detect
 from blip.data.tars import find_shards
 from blip.errors import ConfigError, DataError, hint

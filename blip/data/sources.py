@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip.config.schema import DatasetConfig
-from blip.data import catalog
+from blip.data.catalog import table as catalog
 from blip.data.datasets import PairDataset
 from blip.data.eval_instruct import EvalInstructions, EvalTold, outputs_by_type
 from blip.data.evaluation import EvalCaptions, EvalLabels, EvalPairs, EvalQuestions

@@ -11,7 +11,7 @@ from blip.data.kinds import answers_of, sort_labels
 from blip.data.readers import Record, read_file
 from blip.data.records import ById, PackedRecords
 from blip.data.samples import MALFORMED, BadRecord
-from blip.data.scenes import Scene, image_path, score_caption
+from blip.data.scenes.make import Scene, image_path, score_caption
 from blip.errors import DataError
 
 Judge = Callable[[str, str], dict[str, int] | None]

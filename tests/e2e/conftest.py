@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from blip.data.scenes import make_scenes
+from blip.data.scenes.make import make_scenes
 from tests.e2e.runs import Commands, write_recipe
 
 Recipe = Callable[..., Path]

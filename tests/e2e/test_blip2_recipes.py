@@ -13,7 +13,7 @@ from PIL import Image
 from blip.build import start_of
 from blip.config.files import plain
 from blip.config.load import load_config
-from blip.data.catalog import CATALOG, names
+from blip.data.catalog.table import CATALOG, names
 from blip.data.locate import available_splits
 from blip.evaluate import main as evaluate
 from blip.registry import MODELS

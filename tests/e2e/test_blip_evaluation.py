@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from blip.config.load import load_config
-from blip.data.catalog import CATALOG, names
+from blip.data.catalog.table import CATALOG, names
 from blip.evaluate import main
 from blip.models.published import model_zoo
 from blip.registry import MODELS

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import blip
-from blip.data.scenes_questions import TYPES
+from blip.data.scenes.questions import TYPES
 from tests.e2e.runs import Commands, lines
 
 SMALL = [

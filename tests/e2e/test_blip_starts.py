@@ -11,7 +11,7 @@ from PIL import Image
 
 from blip.build import start_of
 from blip.config.load import load_config
-from blip.data.catalog import CATALOG, names
+from blip.data.catalog.table import CATALOG, names
 from blip.data.locate import available_splits
 from blip.registry import MODELS
 from blip.train import main

@@ -15,7 +15,7 @@ import pytest
 
 from blip.config.files import plain
 from blip.config.load import load_config
-from blip.data.catalog import names
+from blip.data.catalog.table import names
 from tests.e2e.runs import ROOT
 
 FOLDER = ROOT / "configs" / "blip"

@@ -14,7 +14,7 @@ import pytest
 from blip.build import start_of
 from blip.config.files import plain
 from blip.config.load import load_config
-from blip.data.catalog import names
+from blip.data.catalog.table import names
 from tests.e2e.runs import ROOT
 from tests.e2e.test_lavis_recipes import BLIP2, SCORING, TRAINING, WRITING
 

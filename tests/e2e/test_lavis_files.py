@@ -13,7 +13,7 @@ import pytest
 
 from blip.config.files import plain, read_yaml
 from blip.config.load import load_config
-from blip.data.catalog import names
+from blip.data.catalog.table import names
 from blip.evaluate import main as evaluate
 from blip.train import main as train
 from tests.e2e.runs import ROOT

@@ -14,7 +14,7 @@ import pytest
 from blip.build import start_of
 from blip.config.files import plain
 from blip.config.load import load_config
-from blip.data.catalog import names, row
+from blip.data.catalog.table import names, row
 from tests.e2e.runs import ROOT
 
 FOLDER = ROOT / "tests" / "unit" / "config" / "fixtures" / "lavis" / "blip"

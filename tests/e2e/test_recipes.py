@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from blip.config.load import load_config
-from blip.data.catalog import names
+from blip.data.catalog.table import names
 from blip.train import main
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from blip.data.scenes_render import PALETTE
+from blip.data.scenes.render import PALETTE
 from tests.e2e.runs import Commands, lines
 from tests.videos import make_videos
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import blip
-from blip.data.scenes import make_scenes
+from blip.data.scenes.make import make_scenes
 from blip.errors import ConfigError, DataError
 
 

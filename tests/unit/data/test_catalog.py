@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from blip.config.schema import SPLITS
-from blip.data import catalog
-from blip.data.catalog import CATALOG
+from blip.data.catalog import table as catalog
+from blip.data.catalog.table import CATALOG
 from blip.data.kinds import KINDS
 from blip.data.tars import expand
 from blip.errors import DataError

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from blip.data.__main__ import main
-from blip.data.catalog import CATALOG
-from blip.data.prepare import PathMapper
+from blip.data.catalog.table import CATALOG
+from blip.data.official.prepare import PathMapper
 
 Captured = pytest.CaptureFixture[str]
 

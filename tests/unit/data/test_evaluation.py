@@ -16,7 +16,7 @@ from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker
 from blip.data.loader import EvalLoader
 from blip.data.records import PackedRecords
 from blip.data.samples import MALFORMED, SampleMaker
-from blip.data.scenes import make_scenes
+from blip.data.scenes.make import make_scenes
 from blip.data.sources import build_dataset
 from blip.data.truth import read_official
 from blip.errors import DataError

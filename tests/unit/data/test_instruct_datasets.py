@@ -17,9 +17,9 @@ from blip.data.check import check_split
 from blip.data.eval_instruct import EvalInstructions
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, locate
-from blip.data.prepare import prepare
+from blip.data.official.prepare import prepare
 from blip.data.readers import read_file
-from blip.data.scenes import TASK_TYPES, make_scenes
+from blip.data.scenes.make import TASK_TYPES, make_scenes
 from blip.data.sources import build_dataset
 from blip.errors import ConfigError, DataError
 from blip.templates import TEMPLATES

@@ -12,8 +12,8 @@ import pytest
 from blip.config.load import load_config
 from blip.config.schema import DatasetConfig, ModelConfig
 from blip.data.__main__ import main
-from blip.data.catalog import CATALOG, instructblip, names
-from blip.data.catalog_instruct import ALIASES, GROUPS, MEMBERS
+from blip.data.catalog.instruct import ALIASES, GROUPS, MEMBERS
+from blip.data.catalog.table import CATALOG, instructblip, names
 from blip.data.instruct import unfit
 from blip.data.locate import MissingData, available_splits, require_files
 from blip.registry import MODELS, TASKS

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 import blip
-from blip.data.catalog import CATALOG
+from blip.data.catalog.table import CATALOG
 from blip.data.kinds import TRUTH_VALUES
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, locate
 from blip.data.samples import BadRecord
-from blip.data.scenes import make_scenes
+from blip.data.scenes.make import make_scenes
 from blip.data.sources import build_dataset
 from blip.errors import ConfigError, DataError
 from blip.models.tokenizer import WordPieces

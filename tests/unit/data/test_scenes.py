@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from blip.data import scenes as made
-from blip.data.scenes import Scene, make_scenes, matches, normal, parse, render, scene, vocabulary
+from blip.data.scenes import make as made
+from blip.data.scenes.make import Scene, make_scenes, matches, normal, parse, render, scene, vocabulary
 from blip.errors import DataError, UsageError
 
 SIZES: dict[str, Any] = {"size": 32, "train": 70, "val": 10, "test": 15, "web": 40}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blip import keyed
-from blip.data.scenes_claims import (
+from blip.data.scenes.claims import (
     RELATION_WORDS,
     SIZE_WORDS,
     TEXTURE_WORDS,
@@ -18,15 +18,15 @@ from blip.data.scenes_claims import (
     parse,
     score_caption,
 )
-from blip.data.scenes_instruct import TYPES as TASK_TYPES
-from blip.data.scenes_instruct import task, tasks
-from blip.data.scenes_pairs import NUMBERS, Pair, pairs
-from blip.data.scenes_questions import TYPES as QUESTION_TYPES
-from blip.data.scenes_questions import answers as all_answers
-from blip.data.scenes_questions import questions
-from blip.data.scenes_text import place_name
-from blip.data.scenes_web import RATES, web_text
-from blip.data.scenes_world import COLORS, HELD_OUT, SHAPES, Scene, Thing, related, scenes
+from blip.data.scenes.instruct import TYPES as TASK_TYPES
+from blip.data.scenes.instruct import task, tasks
+from blip.data.scenes.pairs import NUMBERS, Pair, pairs
+from blip.data.scenes.questions import TYPES as QUESTION_TYPES
+from blip.data.scenes.questions import answers as all_answers
+from blip.data.scenes.questions import questions
+from blip.data.scenes.text import place_name
+from blip.data.scenes.web import RATES, web_text
+from blip.data.scenes.world import COLORS, HELD_OUT, SHAPES, Scene, Thing, related, scenes
 
 TRAIN = scenes("train", 0, 800)
 TEST = scenes("test", 0, 300)

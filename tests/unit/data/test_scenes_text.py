@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip import keyed
-from blip.data.scenes_claims import (
+from blip.data.scenes.claims import (
     CaptionScore,
     Claims,
     Mention,
@@ -17,8 +17,8 @@ from blip.data.scenes_claims import (
     parse,
     score_caption,
 )
-from blip.data.scenes_text import caption, captions, noun_phrase, place_name, refer, vocabulary
-from blip.data.scenes_world import HELD_OUT, Scene, Thing, contents, scene, scenes
+from blip.data.scenes.text import caption, captions, noun_phrase, place_name, refer, vocabulary
+from blip.data.scenes.world import HELD_OUT, Scene, Thing, contents, scene, scenes
 
 TRAIN = scenes("train", 0, 600)
 TEST = scenes("test", 0, 500)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from blip.data.scenes_claims import expected_r1
-from blip.data.scenes_render import PALETTE, outline, render
-from blip.data.scenes_world import (
+from blip.data.scenes.claims import expected_r1
+from blip.data.scenes.render import PALETTE, outline, render
+from blip.data.scenes.world import (
     COLORS,
     GROUP,
     HELD_OUT,

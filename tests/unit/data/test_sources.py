@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from blip.config.schema import DatasetConfig
-from blip.data.catalog import CATALOG
+from blip.data.catalog.table import CATALOG
 from blip.data.datasets import PairDataset
 from blip.data.evaluation import EvalPairs
 from blip.data.locate import MissingData, available_splits, locate, require_files

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip.data.scenes import vocabulary
+from blip.data.scenes.make import vocabulary
 from blip.errors import ConfigError
 from blip.models.tokenizer import DEC, EMBEDDED, ENC, WordPieces
 

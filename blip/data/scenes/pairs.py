@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blip.data.scenes_text import article, words
-from blip.data.scenes_world import COLORS, HELD_OUT, SHAPES, SIZES, TEXTURES, Scene, pick, shuffled
+from blip.data.scenes.text import article, words
+from blip.data.scenes.world import COLORS, HELD_OUT, SHAPES, SIZES, TEXTURES, Scene, pick, shuffled
 
 FORMS: dict[str, tuple[str, ...]] = {
     "both": ("both images contain {x}", "there is {x} in each of the two images"),

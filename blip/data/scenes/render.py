@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from blip import keyed
-from blip.data.scenes_world import Scene, Thing
+from blip.data.scenes.world import Scene, Thing
 
 PALETTE = {
     "red": (222, 28, 36),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from blip import keyed
-from blip.data.scenes_claims import matches, normal, parse
-from blip.data.scenes_text import caption, words
-from blip.data.scenes_world import COLORS, HELD_OUT, SHAPES, Scene, pick, pick_weighted, scene, shuffled
+from blip.data.scenes.claims import matches, normal, parse
+from blip.data.scenes.text import caption, words
+from blip.data.scenes.world import COLORS, HELD_OUT, SHAPES, Scene, pick, pick_weighted, scene, shuffled
 
 RATES = {"clean": 0.5, "wrong": 0.2, "swapped": 0.1, "boilerplate": 0.12, "partial": 0.08}
 """Kind of caption -> its share."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from blip.data.catalog_instruct import ALIASES, INSTRUCT, MEMBERS, QUESTIONS_OF
-from blip.data.rows import ALL, CLIPS, Row, video_qa, web
-from blip.data.scenes_questions import answers
+from blip.data.catalog.instruct import ALIASES, INSTRUCT, MEMBERS, QUESTIONS_OF
+from blip.data.catalog.rows import ALL, CLIPS, Row, video_qa, web
+from blip.data.scenes.questions import answers
 from blip.errors import DataError, hint
 from blip.places import ROOT_VARIABLE, data_root
 

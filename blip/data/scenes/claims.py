@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 
-from blip.data.scenes_world import COLORS, COLUMNS, SHAPES, Scene, Thing, related
+from blip.data.scenes.world import COLORS, COLUMNS, SHAPES, Scene, Thing, related
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 TEXTURE_WORDS = {"plain": ("plain",), "striped": ("striped",), "dotted": ("dotted", "spotted")}

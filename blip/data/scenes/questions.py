@@ -11,9 +11,9 @@ from itertools import permutations
 
 import numpy as np
 
-from blip.data.scenes_claims import RELATION_WORDS
-from blip.data.scenes_text import article, place_name, refer, words
-from blip.data.scenes_world import (
+from blip.data.scenes.claims import RELATION_WORDS
+from blip.data.scenes.text import article, place_name, refer, words
+from blip.data.scenes.world import (
     COLORS,
     HELD_OUT,
     SHAPES,

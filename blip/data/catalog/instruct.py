@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from blip.data.rows import ALL, Row, video_captions, video_qa
+from blip.data.catalog.rows import ALL, Row, video_captions, video_qa
 
 
 class Member(NamedTuple):

@@ -33,17 +33,15 @@ from pathlib import Path
 from typing import Any
 
 from blip import keyed
-from blip.data import scenes_instruct, scenes_pairs, scenes_questions, scenes_text, scenes_web
-from blip.data.scenes_claims import expected_r1, matches, normal, parse, score_caption
-from blip.data.scenes_instruct import TYPES as TASK_TYPES
-from blip.data.scenes_instruct import tasks
-from blip.data.scenes_pairs import pairs
-from blip.data.scenes_questions import TYPES as QUESTION_TYPES
-from blip.data.scenes_questions import questions
-from blip.data.scenes_render import render
-from blip.data.scenes_text import caption, captions
-from blip.data.scenes_web import web_text
-from blip.data.scenes_world import HELD_OUT, Scene, scene, scenes
+from blip.data.scenes import instruct, pairs, questions, text, web
+from blip.data.scenes.claims import expected_r1, matches, normal, parse, score_caption
+from blip.data.scenes.instruct import TYPES as TASK_TYPES
+from blip.data.scenes.instruct import tasks
+from blip.data.scenes.questions import TYPES as QUESTION_TYPES
+from blip.data.scenes.render import render
+from blip.data.scenes.text import caption, captions
+from blip.data.scenes.web import web_text
+from blip.data.scenes.world import HELD_OUT, Scene, scene, scenes
 from blip.errors import DataError, UsageError
 
 __all__ = [
@@ -290,7 +288,7 @@ def _tasks(some: list[Scene], job: _Job) -> dict[str, list[dict[str, Any]]]:
     asked, told = [], []
     for one in some:
         rng = keyed.generator(seed, "questions", one.split, one.index)
-        for kind, question, answer in questions(one, rng, 4 if few else len(QUESTION_TYPES)):
+        for kind, question, answer in questions.questions(one, rng, 4 if few else len(QUESTION_TYPES)):
             item = {"question_id": 0, "question": question, "answer": answer, "image": image_path(one)}
             asked.append({**item, "dataset": "scenes", "type": kind})
         for kind, text_input, text_output in tasks(one, rng, 3 if few else len(TASK_TYPES)):
@@ -304,7 +302,7 @@ def _tasks(some: list[Scene], job: _Job) -> dict[str, list[dict[str, Any]]]:
             "label": str(pair.label),
             "type": pair.form,
         }
-        for pair in pairs(some, rng, PAIRS_PER_IMAGE)
+        for pair in pairs.pairs(some, rng, PAIRS_PER_IMAGE)
     ]
     return {"vqa": asked, "instruct": told, "nlvr": both}
 
@@ -316,7 +314,7 @@ def image_path(one: Scene) -> str:
 
 def vocabulary() -> list[str]:
     """Every word (lower case, no punctuation) that any text of the dataset can hold, sorted."""
-    rooms = (scenes_text, scenes_questions, scenes_instruct, scenes_pairs, scenes_web)
+    rooms = (text, questions, instruct, pairs, web)
     return sorted(set().union(*(room.vocabulary() for room in rooms)))
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blip.data.scenes_questions import absent, attribute, question
-from blip.data.scenes_text import (
+from blip.data.scenes.questions import absent, attribute, question
+from blip.data.scenes.text import (
     article,
     caption,
     noun_phrase,
@@ -18,7 +18,7 @@ from blip.data.scenes_text import (
     relation_phrase,
     words,
 )
-from blip.data.scenes_world import COLORS, SHAPES, TEXTURES, TONES, Scene, Thing, pick, shuffled
+from blip.data.scenes.world import COLORS, SHAPES, TEXTURES, TONES, Scene, Thing, pick, shuffled
 
 Task = tuple[str, str]
 """(instruction, expected output)."""

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from blip.atomic import write_file, write_text
-from blip.data import catalog
-from blip.data.catalog import Row
+from blip.data.catalog import table as catalog
+from blip.data.catalog.table import Row
 from blip.data.readers import detect, read_file
 from blip.data.samples import MALFORMED, BadRecord
 from blip.data.shards import SIZES_FILE

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from blip import keyed
-from blip.data.scenes_claims import (
+from blip.data.scenes.claims import (
     RELATION_WORDS,
     SIZE_WORDS,
     TEXTURE_TAILS,
@@ -22,7 +22,7 @@ from blip.data.scenes_claims import (
     normal,
     parse,
 )
-from blip.data.scenes_world import (
+from blip.data.scenes.world import (
     COLORS,
     COLUMNS,
     ROWS,
