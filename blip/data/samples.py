@@ -25,7 +25,8 @@ MALFORMED = "__malformed__"
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_478_485
 """Pictures with more are refused: Pillow's own bound, a quarter of a gigabyte in RGB."""
-
+_HOLE = 16
+"""Zeros at the end of a file that look like a hole."""
 
 Picture = bytes | str | Path
 """Content or path of a picture."""
@@ -297,8 +298,9 @@ def sound(record: Mapping[str, Any], name: str) -> None:
 def read_image(image: Picture, name: str) -> Image.Image:
     """The decoded picture, first frame, in whatever mode it is stored.
 
-    A picture that ends early is never filled up with grey, and one of more than `MAX_PIXELS` pixels is
-    refused before it is decoded. Vector and script formats are not read: decoding those may run programs.
+    A picture that ends early, or in the zeros of an interrupted copy, is never filled up with grey, and one
+    of more than `MAX_PIXELS` pixels is refused before it is decoded. Vector and script formats are not read:
+    decoding those may run programs.
 
     Raises:
         BadRecord: with the cause.
@@ -311,6 +313,10 @@ def read_image(image: Picture, name: str) -> Image.Image:
                 size = f"{opened.width} x {opened.height}"
                 raise BadRecord("too_large", name, f"{where} has {size} pixels".strip())
             opened.load()
+            if opened.format == "JPEG" and _ends_in_a_hole(image):
+                raise BadRecord(
+                    "truncated_image", name, f"{where}: zeros where its end should be".strip(": ")
+                )
             # `with` closes the file, not the pixels; a copy-free way to keep them is the object itself.
             return opened
     except BadRecord:
@@ -388,6 +394,22 @@ def _cause(error: Exception, image: Picture) -> str:
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return "truncated_image"
     return "unreadable_image"
+
+
+def _ends_in_a_hole(image: Picture) -> bool:
+    """Whether a JPEG ends in zeros without its last marker; decoders may take those for pixels."""
+    tail = image[-_HOLE:] if isinstance(image, bytes) else _tail(image)
+    if len(tail) < _HOLE or any(tail):
+        return False
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    # Neither marker can stand among a scan's pixels, but both in a preview before it.
+    return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda")
+
+
+def _tail(path: str | Path) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(-min(_HOLE, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read()
 
 
 def _is_empty(image: Picture) -> bool:

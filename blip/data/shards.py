@@ -149,7 +149,8 @@ class ShardDataset:
             if "json" in ref.files:
                 record = json.loads(payload(file, ref.files["json"], name))
             elif "txt" in ref.files:
-                caption = payload(file, ref.files["txt"], name).decode().strip()
+                # A byte that is not UTF-8 makes it bad_text, as in annotation files.
+                caption = payload(file, ref.files["txt"], name).decode(errors="surrogateescape").strip()
                 return {self.maker.columns.get("caption", "caption"): caption}
         except (ValueError, RecursionError) as error:
             raise BadRecord("malformed_record", name, str(error)) from error

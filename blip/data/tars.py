@@ -97,6 +97,7 @@ def find_shards(pattern: str | Path, root: str | Path | None = None) -> list[Pat
 def scan(path: Path, shard: int, label: str) -> Iterator[Ref | BadRecord]:
     """The samples of a shard in stored order: adjacent members of equal name up to the first dot.
 
+    Where a member comes twice (a key that was given to two samples), the second begins a sample of its own.
     A BadRecord stands where the shard cannot be read (any further).
 
     Args:
@@ -142,11 +143,12 @@ def _groups(tar: tarfile.TarFile, size: int, shard: int, label: str) -> Iterator
                 yield ref
             yield BadRecord("truncated_shard", label)
             return
-        if key != ref.key:
+        # A member that the sample has already begins another one: nothing with a key of its own is lost.
+        if key != ref.key or extension in ref.files:
             if ref.files:
                 yield ref
             ref = Ref(shard, key, {})
-        ref.files.setdefault(extension, place)
+        ref.files[extension] = place
     if ref.files:
         yield ref
 
