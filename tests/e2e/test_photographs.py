@@ -29,17 +29,14 @@ SMALL = [
     "run.log_freq=1",
 ]
 VIT = "model.vit={patch_size: 16, width: 32, depth: 2, heads: 2, mlp_dim: 64}"
-BLIP = [
-    VIT,
-    "model.med={width: 32, depth: 2, num_heads: 2, mlp_dim: 64, max_positions: 512, init_from: null}",
-]
-QFORMER = "width: 32, depth: 2, num_heads: 2, mlp_dim: 64, max_positions: 64, init_from: null"
+TEXT = "width: 32, depth: 2, num_heads: 2, mlp_dim: 64, max_positions: 512, init_from: null"
+BLIP = [VIT, f"model.med={{{TEXT}}}"]
 BLIP2 = [
     VIT,
     "model.vit_model=vit_base",
     "model.vit_init_from=null",
     "model.vit_precision=fp32",
-    f"model.qformer={{{QFORMER}}}",
+    f"model.qformer={{{TEXT}}}",
     "model.num_query_token=4",
     "model.embed_dim=16",
     "run.precision=fp32",
