@@ -24,7 +24,7 @@ from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, available_splits, require_files
 from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
-from blip.data.sources import build_dataset
+from blip.data.sources import Defaults, build_dataset
 from blip.engine.cached import Cacheable
 from blip.engine.checkpoint import Checkpoints, load_model, read_part, read_state
 from blip.engine.dry_run import dry_run
@@ -337,10 +337,19 @@ def build_evaluation(
     return EvalLoader(data, config.run.batch_size_eval, config.run.num_workers)
 
 
+def _defaults(config: Config) -> Defaults:
+    """The model's own processors, and its prompt: captions begin with it, where questions do not fill it."""
+    own = MODELS.get(config.model.arch).default_processors["vis_processor"]
+    size, prompt = (getattr(config.model, key, None) for key in ("image_size", "prompt"))
+    begins = prompt and "{}" not in prompt and TASKS.get(config.run.task).data_kind != "instruct"
+    return Defaults(size, own["train"]["name"], own["eval"]["name"], str(prompt) if begins else "")
+
+
 def _dataset(config: Config, name: str, split: str, train: bool) -> Any:
     size = getattr(config.model, "image_size", None)
     wanted = TASKS.get(config.run.task).data_kind
-    data: Any = build_dataset(name, config.datasets[name], split, config.run.data_root, train, size, wanted)
+    section, root = config.datasets[name], config.run.data_root
+    data: Any = build_dataset(name, section, split, root, train, _defaults(config), wanted)
     given = getattr(data.maker.vis_processor, "image_size", size)
     if size is not None and given != size:
         stage = "train" if train else "eval"

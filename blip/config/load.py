@@ -81,6 +81,11 @@ class _Values:
         self.leaves[path] = value
         self.origins[path] = origin
 
+    def drop(self, path: Path) -> None:
+        """Forget what is at and below `path`."""
+        for known in [known for known in self.leaves if known[: len(path)] == path]:
+            del self.leaves[known], self.origins[known]
+
     def tree(self, top: Path = ()) -> dict[str, Any]:
         """The leaves below `top` as nested dictionaries."""
         root: dict[str, Any] = {}
@@ -107,6 +112,12 @@ class _Loader:
         self, recipe: Recipe, sources: dict[str, dict[str, Any]], known_datasets: Iterable[str] | None
     ) -> None:
         self.recipe = recipe
+        told = sources.get(COMMAND_LINE, {}).get("datasets")
+        told = told if isinstance(told, dict) else {}
+        self.left_out = [name for name, section in told.items() if section is None]
+        """Datasets that the command line sets to null."""
+        for name in self.left_out:
+            del told[name]
         self.sources = {origin: self._sections(tree) for origin, tree in sources.items()}
         self.known_datasets = None if known_datasets is None else list(known_datasets)
         self.values = _Values()
@@ -217,8 +228,19 @@ class _Loader:
                     self.problem((section,), f"{_shown(content)} is not a section of keys and values", origin)
                 else:
                     self.values.put((section,), content, origin)
+            if origin == self.recipe.shown:
+                self._leave_out()
         for path, value in list(self.values.leaves.items()):
             self._refuse_code(path, value)
+
+    def _leave_out(self) -> None:
+        """Drop the file's datasets that the command line sets to null."""
+        there = dict.fromkeys(path[1] for path in self.values.leaves if path[0] == "datasets" and path[1:])
+        for name in self.left_out:
+            if name not in there:
+                text = f"not in {self.recipe.shown}, so it cannot be left out{hint(name, there)}"
+                self.problem(("datasets", name), text, COMMAND_LINE)
+            self.values.drop(("datasets", name))
 
     def _forget_task_keys(self) -> None:
         """Drop the keys that some task adds: without the task, they cannot be told from mistakes."""

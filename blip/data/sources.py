@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,21 @@ from blip.errors import ConfigError, DataError, hint
 from blip.registry import PROCESSORS
 from blip.templates import places
 
+
+@dataclass(frozen=True)
+class Defaults:
+    """What samples are like where a section names no processor; a model tells what suits it."""
+
+    image_size: int | None = None
+    """Side of the pictures; None: image processors have to be named."""
+    train: str = "blip2_image_train"
+    """Image processor of training."""
+    eval: str = "blip_image_eval"
+    """Image processor of evaluation."""
+    prompt: str = ""
+    """What captions to train on begin with."""
+
+
 Records = PackedRecords | HfRecords | SomeRecords
 Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels | EvalInstructions
 
@@ -37,7 +52,7 @@ def build_dataset(
     split: str = "train",
     data_root: str | Path | None = None,
     train: bool = True,
-    image_size: int | None = None,
+    defaults: Defaults = Defaults(),
     wanted: str | None = None,
 ) -> Data:
     """The dataset that a section describes. Call it on every rank.
@@ -49,7 +64,7 @@ def build_dataset(
         data_root: as `run.data_root`; see `catalog.data_root`.
         train: with the processors of training, one sample per caption; else for evaluation, without the
             pictures that cannot be read.
-        image_size: side of the pictures where the section names no image processor.
+        defaults: what holds where the section names no processor.
         wanted: what the task evaluates, as `Task.data_kind`; None: what the kind of records suggests.
 
     Raises:
@@ -58,7 +73,7 @@ def build_dataset(
     """
     stage = "train" if train else "eval"
     # What is wrong with it shows before files are read.
-    maker = make_maker(name, config, stage, image_size, video=config.data_type == "videos")
+    maker = make_maker(name, config, stage, defaults, video=config.data_type == "videos")
     source = locate(name, config, split, data_root)
     if source.layout == "shards":
         if not train:
@@ -80,7 +95,7 @@ def build_dataset(
     _check_kind(name, kind, wanted)
     classes = class_names(name, config, kind, source, records, data_root)
     video = shows_videos(config, records.columns)
-    maker = make_maker(name, config, stage, image_size, kind, classes, video)
+    maker = make_maker(name, config, stage, defaults, kind, classes, video)
     _check_columns(name, config, stage, maker, records.columns)
     check_pictures(name, records, maker, source.named)
     told = _told(name, config, source, maker, kind, classes, wanted, train)
@@ -366,7 +381,7 @@ def make_maker(
     name: str,
     config: DatasetConfig,
     stage: str,
-    image_size: int | None = None,
+    defaults: Defaults = Defaults(),
     kind: str = "caption",
     classes: Sequence[str] = (),
     video: bool = False,
@@ -374,13 +389,14 @@ def make_maker(
     """What makes the samples of a section, with its processors for `train` or `eval`.
 
     A missing `eval` image processor follows from that of training: the same size and normalisation, nothing
-    random. Text processors are not random, so either stands in for the other, and that of the kind for both.
+    random. Text processors are not random, so either stands in for the other, and that of the kind for both;
+    captions to train on then begin with the default prompt.
 
     Args:
         name: of the section.
         config: the section.
         stage: `train` or `eval`.
-        image_size: side of the pictures where the section names no image processor.
+        defaults: what holds where the section names no processor.
         kind: of the records, a key of `kinds.KINDS`.
         classes: names of the classes, of kinds with labels.
         video: whether records show videos, where no processor tells.
@@ -388,11 +404,13 @@ def make_maker(
     Raises:
         ConfigError: unknown processor or option, or no image processor for training.
     """
-    vis = _image_processor(f"datasets.{name}.vis_processor", config.vis_processor, stage, image_size, video)
-    texts = config.text_processor
-    entry = texts.get(stage) or next(iter(texts.values()), {"name": KINDS[kind].text_processor})
+    vis = _image_processor(f"datasets.{name}.vis_processor", config.vis_processor, stage, defaults, video)
+    texts, train = config.text_processor, stage == "train"
+    own = {"name": KINDS[kind].text_processor}
+    if kind == "caption" and train and not config.prompt:
+        own |= {"prompt": defaults.prompt} if defaults.prompt else {}
+    entry = texts.get(stage) or next(iter(texts.values()), own)
     text = make_processor(entry, f"datasets.{name}.text_processor.{stage}", images=False)
-    train = stage == "train"
     if kind == "instruct":
         return InstructMaker(vis, text, config.prompt, answered=train)
     if kind == "vqa":
@@ -408,7 +426,7 @@ def _image_processor(
     where: str,
     given: Mapping[str, Mapping[str, Any]],
     stage: str,
-    image_size: int | None,
+    defaults: Defaults,
     video: bool,
 ) -> Any:
     if stage in given:
@@ -420,10 +438,9 @@ def _image_processor(
         name = "clip_image_eval" if "clip" in given["train"]["name"] else "blip_image_eval"
         name = "alpro_video_eval" if hasattr(other, "clip") else name
         return PROCESSORS.get(name)(**same)
-    if image_size is not None and not given:
-        name = "blip2_image_train" if stage == "train" else "blip_image_eval"
-        name = f"alpro_video_{stage}" if video else name
-        return PROCESSORS.get(name)(image_size=image_size)
+    if defaults.image_size is not None and not given:
+        name = f"alpro_video_{stage}" if video else defaults.train if stage == "train" else defaults.eval
+        return PROCESSORS.get(name)(image_size=defaults.image_size)
     known = "alpro_video" if video else "blip_image"
     raise ConfigError(f"{where}.{stage}: not given; name one, such as {{name: {known}_{stage}}}")
 

@@ -218,6 +218,19 @@ def test_an_empty_dataset_section_means_the_catalogue_entry(write: Write) -> Non
     assert load_config(name, known_datasets=["scenes"]).datasets == {"scenes": DatasetConfig()}
 
 
+def test_the_command_line_leaves_a_dataset_out_with_null(write: Write) -> None:
+    name, other = write(BASIC), ["datasets.other.path=b.json"]
+    left = load_config(name, ["datasets.mine=null", *other]).datasets
+    assert {key: section.path for key, section in left.items()} == {"other": "b.json"}
+    assert left["other"].vis_processor == {}
+    both = load_config(name, other).datasets
+    assert {key: section.path for key, section in both.items()} == {"mine": "pairs.json", "other": "b.json"}
+    assert load_config(name, ["datasets={mine: null, other: {path: b.json}}"]).datasets == left
+    assert problems(name, "datasets.mein=null") == [
+        "datasets.mein (command line): not in recipe.yaml, so it cannot be left out; did you mean 'mine'?"
+    ]
+
+
 def test_a_section_with_nothing_in_it_keeps_the_defaults(write: Write) -> None:
     config = load_config(
         write(BASIC), ["datasets.mine.build_info=null", "model.head=null", "model.vit.depth=3"]

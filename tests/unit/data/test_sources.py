@@ -20,7 +20,7 @@ from blip.data.datasets import PairDataset
 from blip.data.evaluation import EvalPairs
 from blip.data.locate import MissingData, available_splits, locate, require_files
 from blip.data.shards import ShardDataset
-from blip.data.sources import build_dataset, make_maker, make_processor, open_features
+from blip.data.sources import Defaults, build_dataset, make_maker, make_processor, open_features
 from blip.errors import ConfigError, DataError
 
 SMALL = {"train": {"name": "blip2_image_train", "image_size": 16}}
@@ -352,8 +352,11 @@ def test_a_missing_processor_follows_from_the_other() -> None:
         "eval from model": (section(vis_processor={}), "eval", 24, ("BlipImageEval", 24)),
     }
     for case, (config, stage, size, expected) in table.items():
-        vis: Any = make_maker("mine", config, stage, size).vis_processor
+        vis: Any = make_maker("mine", config, stage, Defaults(size)).vis_processor
         assert (type(vis).__name__, vis.image_size) == expected, case
+    told = Defaults(24, train="blip_image_train", eval="clip_image_eval")
+    for stage, name in (("train", "BlipImageTrain"), ("eval", "ClipImageEval")):
+        assert type(make_maker("mine", section(vis_processor={}), stage, told).vis_processor).__name__ == name
     vis = make_maker("mine", section(vis_processor=clip), "eval").vis_processor
     assert torch.equal(vis.norm()[0], torch.tensor([0.5, 0.5, 0.5]))
 
@@ -364,6 +367,19 @@ def test_text_processors_stand_in_for_each_other() -> None:
         for stage in ("train", "eval"):
             text: Any = make_maker("mine", section(text_processor=given), stage).text_processor
             assert text.max_words == expected
+
+
+def test_captions_to_train_on_begin_with_the_default_prompt_where_nothing_else_is_named() -> None:
+    told, named = Defaults(prompt="a photo of "), {"train": {"name": "blip_caption"}}
+    table = {
+        "train": (section(), "train", "caption", "a photo of a dog"),
+        "eval": (section(), "eval", "caption", "a dog"),
+        "named processor": (section(text_processor=named), "train", "caption", "a dog"),
+        "prompt of the section": (section(prompt="look: "), "train", "caption", "look: a dog"),
+        "question": (section(), "train", "vqa", "a dog"),
+    }
+    for case, (config, stage, kind, expected) in table.items():
+        assert make_maker("mine", config, stage, told, kind).text("A dog.", "x") == expected, case
 
 
 def test_training_without_an_image_processor_is_an_error() -> None:
