@@ -12,6 +12,8 @@ whatever else the machine does falls on all of them; ratios are medians over the
     shards   blip: the same pictures in webdataset shards
     LAVIS    what LAVIS does: torchvision's crop and flip, floats, normalisation, torch's collation
 
+With RandAugment (BLIP's pictures) as well; LAVIS's is there where OpenCV is installed.
+
 Memory. A JSON list of `--rows` records is read; then loader workers take samples all over it. What a worker
 has of its own (USS) is printed at its start and at its end, and what all records take, which workers share.
 """
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -46,7 +49,15 @@ from blip.data.loader import LoaderConfig, TrainLoader
 from blip.data.records import read_records
 from blip.data.samples import SampleMaker
 from blip.data.shards import ShardDataset
-from blip.processors.image import CLIP_MEAN, CLIP_STD, RATIO, Blip2ImageTrain, BlipImageTrain, crop_box
+from blip.processors.image import (
+    CLIP_MEAN,
+    CLIP_STD,
+    OPERATIONS,
+    RATIO,
+    Blip2ImageTrain,
+    BlipImageTrain,
+    crop_box,
+)
 from blip.processors.text import BlipCaption
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "tests/photographs/images"
@@ -90,13 +101,53 @@ def bare(images: list[Path], size: int) -> Chain:
     return read
 
 
-def lavis(images: list[Path], size: int) -> Chain:
-    """torchvision's chain in float32, as LAVIS's `blip2_image_train` has it."""
+def opencv_augment(image: Image.Image) -> np.ndarray:
+    """RandAugment(2, 5) on NumPy and OpenCV, as LAVIS has it: two operations, each with probability 0.5."""
+    import cv2
+
+    pixels = np.array(image)
+    height, width = pixels.shape[:2]
+    for name in np.random.choice(OPERATIONS, 2):
+        if np.random.random() > 0.5:
+            continue
+        sign = 1 if np.random.random() > 0.5 else -1
+        if name in ("AutoContrast", "Equalize"):
+            pixels = cv2.merge([cv2.LUT(one, lookup(one, name)) for one in cv2.split(pixels)])
+        elif name in ("Brightness", "Sharpness"):  # at level 5 nothing changes, but it is computed
+            pixels = cv2.LUT(pixels, (np.arange(256, dtype=np.float32) * 1.0).clip(0, 255).astype(np.uint8))
+        elif name != "Identity":
+            matrix = np.float32([[1, 0, 0], [0, 1, 0]])
+            if name == "Rotate":
+                matrix = cv2.getRotationMatrix2D((width / 2, height / 2), sign * 15.0, 1)
+            elif name.startswith("Shear"):
+                matrix[(0, 1) if name == "ShearX" else (1, 0)] = sign * 0.15
+            else:
+                matrix[(0, 2) if name == "TranslateX" else (1, 2)] = sign * 5.0
+            fill = (128, 128, 128)
+            pixels = cv2.warpAffine(pixels, matrix, (width, height), borderValue=fill, flags=cv2.INTER_LINEAR)
+    return pixels
+
+
+def lookup(channel: np.ndarray, name: str) -> np.ndarray:
+    """uint8 (256,): the table of Pillow's autocontrast or equalize for one channel."""
+    counts = np.bincount(channel.reshape(-1), minlength=256)
+    if name == "AutoContrast":
+        low, high = (f(np.flatnonzero(counts)) for f in (np.min, np.max))
+        scale = 255 / max(high - low, 1)
+        return ((np.arange(256) - low) * scale).clip(0, 255).astype(np.uint8)
+    step = (len(channel.reshape(-1)) - counts[np.flatnonzero(counts)[-1]]) // 255
+    below = np.cumsum(counts) - counts
+    return ((below + step // 2) // max(step, 1)).clip(0, 255).astype(np.uint8)
+
+
+def lavis(images: list[Path], size: int, augment: bool) -> Chain:
+    """torchvision's chain in float32, as LAVIS's `blip2_image_train` or `blip_image_train` has it."""
     paths = cycle(images)
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(size, SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
+            *([opencv_augment] if augment else []),
             transforms.ToTensor(),
             transforms.Normalize(CLIP_MEAN, CLIP_STD),
         ]
@@ -141,7 +192,8 @@ def chains(images: list[Path], size: int, folder: Path) -> dict[str, Chain]:
         "json": ours(PairDataset("own", records, maker(False))),
         "shards": ours(ShardDataset("own", [shard], maker(False), lanes=1)),
         "json, RandAugment": ours(PairDataset("own", records, maker(True))),
-        "LAVIS": lavis(images, size),
+        "LAVIS": lavis(images, size, False),
+        **({"LAVIS, RandAugment": lavis(images, size, True)} if find_spec("cv2") else {}),
     }
 
 

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--size", "small", "--batch", "4")
 
 
-def bench(name: str, *options: str) -> str:
+def bench(name: str, *options: str, small: tuple[str, ...] = SMALL) -> str:
     done = subprocess.run(
-        [sys.executable, f"run_scripts/bench/{name}.py", *SMALL, *options],
+        [sys.executable, f"run_scripts/bench/{name}.py", *small, *options],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -51,6 +51,20 @@ def test_a_training_step_beside_another(name: str, other: str, options: list[str
     # After two steps of AdamW the weights, too, must have gone the same way.
     assert rows[0]["last_losses"] == pytest.approx(rows[1]["last_losses"], rel=1e-5)
     assert rows[0]["last_losses"] != pytest.approx(rows[0]["first_losses"], rel=1e-3)
+
+
+def test_the_data_path_beside_pillow_and_with_many_annotations(tmp_path: Path) -> None:
+    few = ("--size", "32", "--pictures", "32", "--rounds", "1", "--rows", "2000", "--samples", "600")
+    file = tmp_path / "figures.json"
+    told = bench("data", "--json", str(file), small=few)
+    figures = json.loads(file.read_text())
+    assert list(figures["speed"])[:5] == ["bare", "json", "shards", "json, RandAugment", "LAVIS"]
+    assert all(way["per_s"] > 0 for way in figures["speed"].values())
+    assert figures["speed"]["bare"]["share"] == 1.0
+    found = figures["memory"]
+    assert (found["rows"], len(found["worker_first_mb"])) == (2000, 2)
+    assert found["samples"] >= 600
+    assert "2000 records" in told
 
 
 def test_memory_that_cannot_be_told_is_no_error() -> None:
