@@ -15,7 +15,7 @@ whatever else the machine does falls on all of them; ratios are medians over the
 With RandAugment (BLIP's pictures) as well; LAVIS's is there where OpenCV is installed.
 
 Memory. A JSON list of `--rows` records is read; then loader workers take samples all over it. What a worker
-has of its own (USS) is printed at its start and at its end, and what all records take, which workers share.
+has of its own is printed at its start and at its end, and what all records take, which workers share.
 """
 
 from __future__ import annotations
@@ -232,10 +232,15 @@ class Texts(SampleMaker):
         return {"image": torch.zeros(3, 2, 2, dtype=torch.uint8), "instance_id": name}
 
 
+def megabytes(process: int | str | None, *keys: str) -> float:
+    """MB of a process that Linux counts under these names, added up."""
+    text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
+    return sum(sizes[key] for key in keys) * 1024 / 1e6
+
+
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """MB of all records, of this process, and of each worker's own at its start and end."""
-    import psutil
-
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "rows.json"
         write_rows(path, args.rows)
@@ -247,16 +252,16 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     config = LoaderConfig(256, num_workers=args.workers)
     loader = TrainLoader({"rows": PairDataset("rows", records, maker)}, config)
     next(loader)
-    children = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+    children = [child.pid for child in multiprocessing.active_children()]
 
     def own() -> list[float]:
-        return [child.memory_full_info().uss / 1e6 for child in children]
+        return [megabytes(pid, "Private_Clean", "Private_Dirty") for pid in children]
 
     first, seen = own(), 256
     while seen < args.samples:
         seen += len(next(loader)["instance_id"])
     last = own()
-    resident = psutil.Process().memory_info().rss / 1e6
+    resident = megabytes("self", "Rss")
     loader.close()
     return {
         "rows": args.rows,
@@ -306,6 +311,8 @@ def main() -> int:
     if not images:
         parser.error(f"--images {args.images}: no .jpg file there")
     result: dict[str, Any] = {"speed": speed(images, args)}
+    if args.rows and not Path("/proc/self/smaps_rollup").exists():
+        parser.error("--rows: memory is read from Linux's /proc; leave it out here")
     if args.rows:
         result["memory"] = memory(args)
     print("\n".join(lines(result)))
