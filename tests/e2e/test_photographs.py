@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.runs import Commands, lines
+from tests.reference.small_stage2 import LLMS
 from tests.torture import PHOTOGRAPHS, photographs
 
 SMALL = [
@@ -38,15 +39,18 @@ BLIP2 = [
     "model.vit_precision=fp32",
     f"model.qformer={{{TEXT}}}",
     "model.num_query_token=4",
-    "model.embed_dim=16",
     "run.precision=fp32",
+    "run.warmup_steps=1",
 ]
+LLM = {"sizes": LLMS["opt"], "tokenizer": "scenes", "end": None}
+WITH_LLM = ["model.llm_model=null", f"model.llm={json.dumps(LLM)}", "run.num_beams=2", "run.max_len=12"]
 CAPTIONED = {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "agg_metrics"}
 RECALLS = {f"{way}_r{k}" for way in ("txt", "img") for k in (1, 5, 10)} | {"r_mean"}
 RECIPES: dict[str, tuple[str, list[str], set[str]]] = {
     "blip/caption_coco_ft": ("coco_caption", [*BLIP, "run.java_metrics=[]"], CAPTIONED),
     "blip/retrieval_coco_ft": ("coco_retrieval", [*BLIP, "model.queue_size=16"], RECALLS),
-    "blip2/retrieval_coco_ft": ("coco_retrieval", [*BLIP2, "run.warmup_steps=1"], RECALLS),
+    "blip2/retrieval_coco_ft": ("coco_retrieval", [*BLIP2, "model.embed_dim=16"], RECALLS),
+    "blip2/caption_coco_ft": ("coco_caption", [*BLIP2, *WITH_LLM, "run.java_metrics=[]"], CAPTIONED),
 }
 """Recipe -> its dataset, what makes it small, its scores."""
 
