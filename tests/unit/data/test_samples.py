@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import io
 import pickle
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from blip import keyed
 from blip.data.samples import MALFORMED, BadRecord, SampleMaker, read_image
 from blip.processors.image import Blip2ImageTrain, BlipImageEval, to_rgb
 from blip.processors.text import BlipCaption
+from tests.torture import encoded, png_header
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
@@ -23,22 +21,6 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), d
 @pytest.fixture
 def maker() -> SampleMaker:
     return SampleMaker(BlipImageEval(image_size=16), BlipCaption())
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size, with a few bytes of content."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
 def test_a_sample_has_bytes_norm_text_and_name(maker: SampleMaker) -> None:
