@@ -122,7 +122,8 @@ class AnswerScores:
     ) -> dict[str, float]:
         """Mean accuracies in percent: `overall`, `answer_type_yes_no`, ..., `question_type_what_color`, ...
 
-        Sums are exact, so the order of the rows does not matter. Nothing where there are no rows.
+        Sums are exact, so the order of the rows does not matter. Nothing is rounded; the official evaluation
+        reports two digits. Nothing where there are no rows.
         """
         groups: dict[str, list[float]] = {}
         if self.rows:
