@@ -145,7 +145,7 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "in.json", Path(folder) / "out.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
-        # No -cache, which would write into the installed package; no -subset, which adds scores of kinds of words.
+        # No -cache, which writes into the installed package; no -subset, which scores kinds of words, too.
         options = [UTF8, "-Xmx8G", "-jar", _jar(SPICE_JAR), str(question), "-out", str(answer), "-silent"]
         process = _start(options, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         said = process.communicate()[1]

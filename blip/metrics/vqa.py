@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -104,6 +104,38 @@ def exact_match(answer: str, truth: str) -> float:
 def direct_accuracy(answer: str, truths: Sequence[str]) -> float:
     """A-OKVQA's measure of direct answers, 0 to 1: min(1, n / 3) for n equal reference answers."""
     return min(1.0, sum(truth == answer for truth in truths) / 3)
+
+
+def pair_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """iVQA's measure, 0 to 1: min(1, n / 2) for n equal reference answers, after all cleaning of both."""
+    return min(1.0, sum(exact_match(answer, truth) for truth in truths) / 2)
+
+
+def any_match(answer: str, truths: Sequence[str]) -> float:
+    """1.0 if the answer equals one of the reference answers after all cleaning of both, else 0.0."""
+    return max(exact_match(answer, truth) for truth in truths)
+
+
+MEASURES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "vqa": vqa_accuracy,
+    "exact": any_match,
+    "direct": direct_accuracy,
+    "pairs": pair_accuracy,
+}
+"""Accuracies of an answer by the name of the measure; others take a single right answer, as `exact` does."""
+
+
+def answer_accuracy(answer: str, truths: Sequence[str], measure: str = "") -> float:
+    """How right an answer is by a measure, 0 to 1; one reference answer has to be equalled by any of them.
+
+    Args:
+        answer: predicted.
+        truths: of the people asked; at least one.
+        measure: as `datasets.NAME.measure`; empty: `vqa`.
+    """
+    if len(truths) == 1:
+        return exact_match(answer, truths[0])
+    return MEASURES.get(measure or "vqa", any_match)(answer, truths)
 
 
 @dataclass
