@@ -121,6 +121,11 @@ class DatasetConfig(Section):
     that show them; None: of the catalogue, else the records' own; empty: none."""
     answer_list: str | None = None
     """JSON list of the answers that are ranked; None: of the catalogue, else all answers of `train`."""
+    measure: Literal["auto", "vqa", "exact", "direct", "pairs", "choice", "ranks", "auc"] = "auto"
+    """What counts as right: the VQA accuracy; one of the reference answers, cleaned; A-OKVQA's min(1, n / 3)
+    for n equal ones as written; iVQA's min(1, n / 2); the right one of a question's choices; the place of the
+    right one among them (VisDial); the area under the ROC curve of two classes. `auto`: of the catalogue,
+    else the VQA accuracy."""
     answer_weight: float = 1.0
     """Factor of the answers' weights in training. BLIP's own takes 0.2 for Visual Genome, LAVIS 1."""
     annotation_file: str | dict[str, Any] | None = None

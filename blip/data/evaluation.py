@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +41,10 @@ class EvalData:
 
     unit: ClassVar[str] = "records"
     """What is counted as left out."""
+    measure: str = ""
+    """What counts as right, as `datasets.NAME.measure`; empty: nothing is said about it."""
+    server: str = ""
+    """Format of what the evaluation server takes; empty: the usual one."""
 
     def __init__(
         self,
@@ -328,6 +333,8 @@ class EvalQuestions(EvalData):
     """
 
     unit = "questions"
+    relevances: Mapping[str, list[float]] = MappingProxyType({})
+    """`question_id` -> how relevant people found each choice, of the questions that they were asked about."""
 
     def __init__(
         self,
@@ -380,6 +387,10 @@ class EvalQuestions(EvalData):
     def correct_choice(self, index: int) -> str | None:
         """The right one of the question's choices, whose number the record has; None where it is secret."""
         return correct_choice_of(self.record(index))
+
+    def relevance(self, index: int) -> list[float] | None:
+        """How relevant people found each of the question's choices, 0 to 1; None where nobody was asked."""
+        return self.relevances.get(str(self.question_id(index)))
 
     def _annotation(self, index: int) -> dict[str, Any]:
         record = self.record(index)

@@ -11,6 +11,7 @@ from typing import Any
 
 from blip.config.schema import DatasetConfig
 from blip.data.catalog import table as catalog
+from blip.data.catalog.scoring import scoring
 from blip.data.catalog.table import CATALOG, Row
 from blip.data.readers import detect
 from blip.data.tars import find_shards
@@ -53,6 +54,12 @@ class Source:
     """What the records of the split have in the column `split` of a file of several; empty: all are its."""
     templates: str = ""
     """List of instructions where the section names none; empty: that of the kind."""
+    measure: str = ""
+    """What counts as right; empty: nothing is said about it."""
+    server: str = ""
+    """Format of what the evaluation server takes; empty: the usual one."""
+    relevance: Path | None = None
+    """File of how relevant each candidate is; it may be missing."""
     ocr: Path | None = None
     """File of words read in the pictures; it may be missing where no template shows them."""
 
@@ -126,6 +133,10 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
         return _in_shards(name, config, _shards(name, texts, root, named), columns, named)
     source = Source(paths, layout, _roots(name, config, split, paths, root), columns, named)
     source.types = list(config.types)
+    scored = scoring(name)
+    source.measure = scored.measure if config.measure == "auto" else config.measure
+    source.server = scored.server
+    source.relevance = root / scored.relevance[split] if split in scored.relevance else None
     kind = row.kind if row else "auto"
     source.kind = config.kind if config.kind != "auto" else "caption" if kind == "retrieval" else kind
     source.classes = tuple(config.classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,7 +13,7 @@ from blip.config.schema import DatasetConfig
 from blip.data.catalog import table as catalog
 from blip.data.datasets import PairDataset
 from blip.data.eval_instruct import EvalInstructions, EvalTold, outputs_by_type
-from blip.data.evaluation import EvalCaptions, EvalLabels, EvalPairs, EvalQuestions
+from blip.data.evaluation import EvalCaptions, EvalData, EvalLabels, EvalPairs, EvalQuestions
 from blip.data.features import FeatureStore
 from blip.data.instruct import InstructMaker, chosen_templates
 from blip.data.kinds import KINDS, TRUTH_VALUES, LabelMaker, PairMaker, QuestionMaker, kind_of
@@ -21,11 +22,20 @@ from blip.data.readers import Record, read_file
 from blip.data.records import HfRecords, PackedRecords, SomeRecords, of_types, read_records, within_split
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
-from blip.data.truth import SceneJudge, all_answers, all_labels, read_answer_list, read_official
+from blip.data.truth import (
+    SceneJudge,
+    all_answers,
+    all_labels,
+    read_answer_list,
+    read_official,
+    read_relevance,
+)
 from blip.data.video import HOW_TO_READ, find_frames, installed_reader
 from blip.errors import ConfigError, DataError, hint
 from blip.registry import PROCESSORS
 from blip.templates import places
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,6 @@ class Defaults:
     """Image processor of evaluation."""
     prompt: str = ""
     """What captions to train on begin with."""
-
 
 Records = PackedRecords | HfRecords | SomeRecords
 Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels | EvalInstructions
@@ -107,7 +116,7 @@ def build_dataset(
         asked = wanted or KINDS[kind].serves[0]
         return _evaluation(name, config, source, records, maker, asked, data_root)
     if kind == "instruct":
-        data = EvalTold(name, records, told).verify()
+        data = _scored(EvalTold(name, records, told), source).verify()
     else:
         data = _evaluation(name, config, source, records, maker, kind, data_root)
     return EvalInstructions(data, told, partial(_outputs, name, config, told, data_root))
@@ -195,8 +204,19 @@ def _evaluation(
     if wanted == "vqa":
         official = read_official(source.official, "question_id") if source.official else None
         candidates = partial(answer_candidates, name, config, source, data_root)
-        return EvalQuestions(name, records, maker, official, candidates).verify()
-    return EvalLabels(name, records, maker).verify()
+        data = EvalQuestions(name, records, maker, official, candidates)
+        if source.relevance is not None and source.relevance.is_file():
+            data.relevances = read_relevance(source.relevance)
+        elif source.relevance is not None:
+            log.info("datasets.%s: no file '%s', so there will be no NDCG", name, source.relevance)
+        return _scored(data, source).verify()
+    return _scored(EvalLabels(name, records, maker), source).verify()
+
+
+def _scored(data: EvalData, source: Source) -> Any:
+    """`data`, which knows what counts as right and who scores what is secret."""
+    data.measure, data.server = source.measure, source.server
+    return data
 
 
 def _check_kind(name: str, kind: str, wanted: str | None) -> None:

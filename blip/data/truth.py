@@ -32,6 +32,25 @@ def read_official(path: Path, column: str) -> ById:
     return ById(packed, column)
 
 
+def read_relevance(path: Path) -> dict[str, list[float]]:
+    """VisDial's dense annotations: `question_id` of a turn -> relevance of each of its candidates, 0 to 1.
+
+    Raises:
+        DataError: it holds something else.
+    """
+    try:
+        found = {
+            f"{int(row['image_id'])}#{int(row['round_id']) - 1}": [float(one) for one in row["gt_relevance"]]
+            for row in json.loads(path.read_text(encoding="utf-8"))
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a JSON list of image_id, round_id and gt_relevance"
+            f" ({type(error).__name__}: {error}); give VisDial's dense annotations, or remove the file"
+        ) from error
+    return found
+
+
 def read_answer_list(path: Path) -> list[str]:
     """The answers of a JSON list; of an object, its keys.
 

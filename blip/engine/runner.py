@@ -377,17 +377,20 @@ class Runner:
         return self.ema.averaged() if self.ema is not None else nullcontext()
 
     def _finish(self) -> dict[str, float]:
-        """Score the test splits with the best weights, export them, and write the report."""
+        """Export the best weights, score the test splits with them, and write the report.
+
+        The export comes first, so that a metric that fails in the end costs no more than itself.
+        """
         step = self._take_best() if self.trains else self.progress.step
         scores: dict[str, float] = {}
+        if self.trains:
+            with self._averaged():
+                on_main(lambda: self.model.save_pretrained(self.tracker.model_folder))
         for split in self._final_splits():
             asked = self.trains and self.signals.received is not None
             if any(dist.any_flags([asked], self.parallel.device)):
                 self._stop()
             scores = self._evaluate(split, step) or scores
-        if self.trains:
-            with self._averaged():
-                on_main(lambda: self.model.save_pretrained(self.tracker.model_folder))
         on_main(lambda: write_report(self.tracker.folder))
         return scores
 

@@ -105,7 +105,7 @@ def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     assert process.stdin is not None
     assert process.stdout is not None
     lines = [
-        " ||| ".join(("SCORE", *group, text.replace("  ", " ")))
+        " ||| ".join(("SCORE", *group, text.replace("|||", "").replace("  ", " ")))
         for text, group in zip(candidates, references, strict=True)
     ]
     # Asking and reading go on side by side, or the pipes fill up.
@@ -145,11 +145,15 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "in.json", Path(folder) / "out.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
+        # No -cache, which writes into the installed package; no -subset, which scores kinds of words, too.
         options = [UTF8, "-Xmx8G", "-jar", _jar(SPICE_JAR), str(question), "-out", str(answer), "-silent"]
         process = _start(options, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
         said = process.communicate()[1]
         try:
-            scores = [float(item["scores"]["All"]["f"]) for item in json.loads(answer.read_text("utf-8"))]
+            found = [item["scores"]["All"]["f"] for item in json.loads(answer.read_text("utf-8"))]
+            if None in found:  # pycocoevalcap's mean would be NaN
+                raise JavaError(f"SPICE gave no score for caption {found.index(None)}")
+            scores = [float(score) for score in found]
         except (OSError, ValueError, KeyError, TypeError) as error:
             last = said.decode("utf-8", errors="replace").strip().splitlines()[-1:] or [str(error)]
             raise JavaError(f"SPICE ended with {process.returncode}: {last[0]}") from error

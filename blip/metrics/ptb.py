@@ -16,13 +16,13 @@ DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "
 """Tokens that do not count. Brackets do: pycocoevalcap drops capital ones, but they come in lower case."""
 
 # Characters beyond ASCII are read as one of these, each the stand-in of a class.
-_LETTER, _DIGIT, _MARK, _SYMBOL, _UNKNOWN = "é٣ˇ§\x7f"
+_LETTER, _ENTITY_LETTER, _DIGIT, _MARK, _SYMBOL, _UNKNOWN = "éø٣ˇ§\x7f"
 _ITSELF = frozenset(
-    "\x80\x85\x91\x92\x93\x94\xa0¢£¤«\xad»¼½¾²³¹–—―‘’‚‛“”„‟…‹›⁄⅓⅔₠€⁰⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉٫٬"  # noqa: RUF001
+    "\x80\x85\x91\x92\x93\x94\xa0¢£¤«\xad»¼½¾²³¹–—―‘’‚‛“”„‟…‹›⁄⅓⅔、₠€⁰⁴⁵⁶⁷⁸⁹⁺⁻₊₋₀₁₂₃₄₅₆₇₈₉٫٬"  # noqa: RUF001
 )
 """What rules name."""
-_HYPHEN = "\u2010"
-"""Two words make one with it; a token it is not."""
+_HYPHEN, _SPACE = "\u2010", "\u3000"
+"""Two words make one with the first; neither is a token."""
 _MARKS = """2c2-2c5 2d2-2df 2e5-2eb 2ed 2ef-36f 375 378-379 384-385 3f6 483-487 55a-55f 591-5bd 5bf 5c1-5c2
 5c4-5c5 5c7 615-61a 64b-65e 670 6d6-6e4 6e7-6ed 6fd-6fe 70f 711 730-74c 7a6-7b0 7eb-7f3 900-903 93c 93e-94e
 951-955 962-963 981-983 9bc 9be-9c4 9c7-9c8 9cb-9cd 9d7 9e2-9e3 a01-a03 a3c a3e-a4f a81-a83 abc abe-acf b82
@@ -31,24 +31,34 @@ bbe-bc2 bc6-bc8 bca-bcd c01-c03 c3e-c56 d3e-d44 d46-d48 e31 e34-e3a e47-e4e eb1 
 _SYMBOLS = """a1 a5-a9 ac ae-b1 b4 b6-b8 bf d7 f7 37e 387 589 5be 5c0 5c3 5c6 5f3-5f4 600-603 606-60c 614 61b
 61e-61f 66a 66d 6d4 700-70d 7f6-7f8 964-965 e3f e4f 1fbd 2016-2017 2020-2023 2030-2038 203b 203e-2042
 207a-207e 208a-208e 20a4 2100-2101 2103-2106 2108-2109 2114 2116-2118 211e-2123 2125 2127 2129 212e 213a-213b
-2140-2143 214a-214d 214f 2155-215e 2190-2bff 3001-3002 3012 30fb ff01-ff0f ff1a-ff20 ff3b-ff40 ff5b-ff65
+2140-2144 214a-214d 214f 2155-215e 2190-2bff 3001-3002 3012 30fb ff01-ff0f ff1a-ff20 ff3b-ff40 ff5b-ff65
 ffe0-ffe1 ffe5-ffe6"""
 """Code points that are a token each; what has no class is left out and ends a token."""
+_LATER = """37f 528-52f 560 588 5ef 860-88e 8a1 8ad-8c9 978 980 9fc af9 c34 c5a-c5d c80 cdd d04 d54-d5f
+de6-def e86 e89 e8c e8e-e93 e98 ea0 ea8-ea9 eac 13f5-13fd 16f1-16f8 170d 171f 1878 191d-191e 19b0-19c0
+19c8-19c9 1b4c 1c80-1cbf 1cf2-1cf3 1cfa 2c2f 2c5f 312e-312f 31bb-31bf 4db6-4dbf 9fcd-9fff a698-a69d a78f
+a794-a79f a7ab-a7f7 a8fd-a8fe a9e0-a9fe aa7e-aa7f ab30-abbf"""
+"""Letters and digits that Unicode did not have when the original was made: they have no class."""
 
-_L, _D, _M = f"A-Za-z{_LETTER}", f"0-9{_DIGIT}", f"{_MARK}\xad"
+_L, _D, _M = f"A-Za-z{_LETTER}{_ENTITY_LETTER}", f"0-9{_DIGIT}", f"{_MARK}\xad"
 _WORD = f"[{_L}{_M}][{_L}{_D}{_M}]*"
-_ALNUM = f"[{_L}{_D}]"
+_ALNUM = f"[A-Za-z{_LETTER}{_D}]"
 _APOS, _APOS_OR_TICK = "['’\x92]", "['’`‘‛\x91\x92]"  # noqa: RUF001
 _NUMBER = f"(?:[{_D}]*(?:[.,:٫٬\xad][{_D}]+)+|[{_D}]+)"  # noqa: RUF001
 _PIECE = f"(?:[dDoOlL]{_APOS_OR_TICK}{_ALNUM})?{_ALNUM}+"
 _THING = f"{_PIECE}(?:[-_{_HYPHEN}]{_PIECE})*"
-_COMPOUND = rf"{_ALNUM}[A-Za-z0-9.,\xad]*(?:-(?:(?:[A-Za-z]\.){{2,}}|[A-Za-z0-9\xad]+))+"
-_QUOTES = "‘’‚‛“”„‟«»‹›\x91-\x94"  # noqa: RUF001
+_COMPOUND = r"[A-Za-z0-9][A-Za-z0-9.,\xad]*(?:-(?:(?:[A-Za-z]\.){2,}|[A-Za-z0-9\xad]+))+"
+_MARKUP = (
+    r"<(?:[!?][A-Za-z-][^>\r\n]*"
+    r"|/?[A-Za-z][A-Za-z0-9_:.-]*(?: +[A-Za-z][A-Za-z0-9_:.-]*(?: *= *(?:'[^']*'|\"[^\"]*\"))?)* */?) *>"
+)
+_COMPANY = "[A-Z]+(?:(?:[&+]|&amp;)[A-Z]+)+"
+_QUOTES = "`‘’‚‛“”„‟«»‹›\x91-\x94"  # noqa: RUF001
 _BLANK = r"[ \t\n\xa0]"
 _PART = (
-    r'[^ \t\n"`\'<>|.!?(){},-_$]+'  # of a host; the range from , to _ leaves small letters and a few signs
+    r'[^ø \t\n"`\'<>|.!?(){},-_$]+'  # of a host; the range from , to _ leaves small letters and a few signs
 )
-_PATH = r'[^ \t\n"<>|(){}]+[^ \t\n"<>|.!?(){},-]'
+_PATH, _BRACED_PATH = (rf'[^ \t\n"<>|(){braces}]+[^ \t\n"<>|.!?(){{}},-]' for braces in ("{}", ""))
 
 _ABBREVIATED = """adj adm adv alex asst attys? ave brig capt cf cie cmdr col comdr cpl dept det drs? elec
 ens ft gen govs? hon insp invt jos lieut lt maj messrs mfg mlle mme mrs? ms msgr mt mtg natl pfc ph pres
@@ -80,10 +90,7 @@ def _rule(body: str, ahead: str = "", case: bool = True) -> re.Pattern[str]:
 
 
 _RULES = (
-    _rule(
-        r"<(?:[!?][A-Za-z-][^>\r\n]*"
-        r"|/?[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?: *= *(?:'[^']*'|\"[^\"]*\"))?)* */?) *>"
-    ),
+    _rule(_MARKUP),
     *(
         _rule(*parts, case=False)
         for parts in (
@@ -97,7 +104,7 @@ _RULES = (
     ),
     # Words with what may be cut off behind them.
     _rule(_WORD, f"{_APOS}(?:[msd]|re|ve|ll)", case=False),
-    _rule(f"{_WORD}?", f"n{_APOS_OR_TICK}t", case=False),
+    _rule("[A-Za-z\xad]*[A-MO-Za-mo-z]\xad*", f"n{_APOS_OR_TICK}t", case=False),
     _rule(f"n{_APOS_OR_TICK}t", case=False),
     _rule(f"{_APOS}(?:[msd]|re|ve|ll)", "[^A-Za-z]", case=False),
     _rule("[’\x92](?:n|[msd]|re|ve|ll)", case=False),  # noqa: RUF001
@@ -106,55 +113,70 @@ _RULES = (
     _rule(f"(?:[A-HJ-XZ]|[dlno]){_APOS_OR_TICK}[{_L}]{{2,}}"),
     _rule(f"[{_L}]+[aeiouyAEIOUY]{_APOS_OR_TICK}[aeiouA-Z][{_L}]*"),
     _rule(
-        f"nor'easter|nat'l|cap'n|e'er|s'mores|c'mon|ol{_APOS}|o{_APOS_OR_TICK}o|{_APOS}(?:em|till?|cause)",
+        f"nor'easter|nat'l|cap{_APOS}n|e'er|s'mores|c'mon|ol{_APOS}|o{_APOS_OR_TICK}o|{_APOS}(?:em|till?|cause)",
         case=False,
     ),
-    _rule(f"{_APOS}n{_APOS}|{_APOS}[0-9]0s", case=False),
-    _rule(f"{_APOS}(?:n|[0-9]{{2}})", _BLANK, case=False),
+    _rule(f"{_APOS}n{_APOS}|{_APOS}[2-9]0s", case=False),
+    _rule(f"{_APOS}n", _BLANK, case=False),
+    _rule(f"{_APOS}[0-9]{{2}}", f"{_BLANK}|{_SPACE}"),
     _rule(f"[dljDLJ]{_APOS}"),
     _rule(f"[yY]{_APOS}", f"[{_L}]"),
+    # The web.
+    _rule(rf"(?i:https?)://{_PATH}"),
+    _rule(rf'(?i:www)\.(?:[^ \t\n"<>|.!?(){{}},]+\.)+[A-Za-z]{{2,4}}(?:/{_BRACED_PATH})?'),
+    _rule(rf"(?:{_PART}\.)+(?i:com|net|org|edu)(?:/{_BRACED_PATH})?"),
+    _rule(
+        r'(?:<|&lt;)?[A-Za-z0-9][^ \t\n"<>|()\xa0{}]*'
+        r'@(?:[^ \t\n"<>|().\xa0{}]+\.)*[^ \t\n"<>|().\xa0{}]+(?:>|&gt;)?'
+    ),
+    _rule(f"@[A-Za-z_][A-Za-z_0-9]*|#[{_L}{_M}]+"),
     # Words with other signs inside.
     _rule(_THING),
+    _rule(f"{_WORD}(?:[.!?]{_WORD})+", f"{_APOS}(?:[msd]|re|ve|ll)", case=False),
     _rule(f"{_WORD}(?:[.!?]{_WORD})+"),
     _rule(rf"{_any(_ABBREVIATED_LAST)}\.", r"[\s\S]{2}", case=False),
     _rule(rf"{_any(_ABBREVIATED_NAMES)}\.", r"[\s\S]{2}"),
+    _rule(r"(?:Ph|Ed)\.D\.", r"[\s\S]{2}", case=False),
     _rule(_COMPOUND),
-    _rule("[A-Z]+(?:(?:[&+]|&amp;)[A-Z]+)+"),
+    _rule(_COMPANY),
     _rule(r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"),
-    _rule(r"C\+\+|[cfCF]#"),
+    _rule(r"[Cc]\+\+|[CcFf]#"),
     # Numbers.
     _rule(f"[-+]?{_NUMBER}"),
-    _rule(r"[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}"),
+    _rule("[0-9٣]{1,2}[-/][0-9٣]{1,2}[-/][0-9٣]{2,4}"),
     _rule(r"(?:[0-9٣]{1,4}[- \xa0])?[0-9٣]{1,4}(?:\\?/|⁄)[0-9٣]{1,4}|[¼½¾⅓⅔]"),  # noqa: RUF001
-    _rule(r"(?:\([2-9][0-9]{2}\)[- \xa0]?|[2-9][0-9]{2}[- \xa0])[0-9]{3,4}(?:[- \xa0][0-9]{3,4})?"),
-    _rule(r"[A-Z]{0,3}\$"),
+    _rule(
+        r"(?:\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])"
+        r"[0-9]{3,4}[- \xa0]?[0-9]{3,5}"
+    ),
+    _rule(r"(?:(?:\+\+?)?[0-9]{2,4}\.)?[0-9]{2,4}\.[0-9]{3,4}\.[0-9]{3,5}"),
+    _rule(r"[A-Z]*\$"),
     # Periods that belong to what they follow.
     _rule(rf"(?:{_any(_ABBREVIATED)}|{_any(_ABBREVIATED_LAST)})\.", case=False),
     _rule(rf"{_any(_ABBREVIATED_NAMES)}\."),
-    _rule(rf"{_any(_BEFORE_NUMBERS)}\.", r"\s*[0-9]", case=False),
+    _rule(rf"{_any(_BEFORE_NUMBERS)}\.", r"\s?[0-9]", case=False),
     _rule(r"[A-Za-z](?:\.[A-Za-z])*\.?"),
-    _rule("[A-Za-z]", rf"\.\s+{_any(_STARTERS)}\s"),
+    _rule(r"(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R))\.?"),
+    _rule("[A-Za-z]", rf"\.\s+(?:{_any(_STARTERS)}|{_any(_STARTERS.upper())}|{_MARKUP})\s"),
     _rule(r"(?:Ph|Ed)\.D\.?", case=False),
-    _rule(rf"(?:{_WORD}(?:[.!?]{_WORD})*|{_THING}|{_COMPOUND})\.", "[,;:]"),
+    *(_rule(rf"{body}\.", "[,;:、]") for body in (f"{_WORD}(?:[.!?]{_WORD})*", _THING, _COMPOUND, _COMPANY)),
     _rule(
-        rf"{_ALNUM}+(?:\.{_ALNUM}+)*\.(?i:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov"
+        rf"[{_L}{_D}]+(?:\.[{_L}{_D}]+)*\.(?i:bat|bmp|c|class|cgi|cpp|dll|docx?|exe|gif|gz|h|html?|jar|java|jpe?g|mov"
         r"|mp3|pdf|php|pl|png|ppt|ps|py|sql|tar|txt|wav|x|xml|zip)",
         r"[\s.?!,]",
     ),
-    # The web.
-    _rule(rf"(?i:https?)://{_PATH}"),
-    _rule(rf'(?:www\.[^ \t\n"<>|.!?(){{}},]+\.|{_PART}(?:\.{_PART})*\.)(?i:com|net|org|edu)(?:/{_PATH})?'),
-    _rule(r'[A-Za-z0-9][^ \t\n"<>|()\xa0{}]*@(?:[^ \t\n"<>|().\xa0{}]+\.)*[^ \t\n"<>|().\xa0{}]+'),
-    _rule(f"@[A-Za-z_][A-Za-z_0-9]*|#[{_L}]+"),
+    # Entities and faces.
     _rule(
-        "&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash|ht|[a-z](?:acute|grave|circ|tilde|uml|cedil)|#[0-9]+);",
+        "&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash|ht|tl|ur|lr|qc|ql|qr|odq|cdq|[a-z](?:acute|grave|circ|tilde|uml|cedil)|#[0-9]+);",
         case=False,
     ),
-    _rule(r"[<>]?[:;=][-o*']?[\])(\[dDpP@\\O]|:3", "[^A-Za-z0-9]"),
+    _rule(r"[<>]?[:;=][-o*']?[\])(\[dDpP@\\O{|]|:3", "[^A-Za-z0-9]"),
     _rule(r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"),
     # Signs, several of some kinds together.
-    _rule(r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|-+|_+|#+|@+|[?!]+|\*{1,3}|(?:\\\*){1,3}|<<|>>|[²³¹⁰-⁹₀-₉]+"),
-    _rule(f"''|``|[{_QUOTES}]{{1,2}}|[^ \\t\xa0{_UNKNOWN}{_HYPHEN}٫٬]"),  # noqa: RUF001
+    _rule(
+        r"\.{3,5}|(?:\.[ \xa0]){2,4}\.|-+|_+|#+|@+|[?!]+|\*+|(?:\\\*){1,3}|<<|>>|[⁺⁻₊₋]?(?:[²³¹⁰-⁹]+|[₀-₉]+)"
+    ),
+    _rule(f"''|[{_QUOTES}]{{1,2}}|[^ \\t\xa0{_UNKNOWN}{_HYPHEN}{_SPACE}٫٬]"),  # noqa: RUF001
 )
 
 _PLAIN = re.compile(r"(?!(?:cannot|gonna|gotta|lemme|gimme|wanna)[ \n])[A-Za-z]{2,}(?=[ \n])", re.IGNORECASE)
@@ -190,14 +212,17 @@ _NAMED = {
     "&nbsp;": "",
 }
 _QUOTE_PAIR = re.compile(f"[{_QUOTES}]{{2}}")
+_ENTITY = re.compile("&[aeiouAEIOU](?:acute|grave|uml);")
+"""A letter, however it is written."""
 _CUT_OFF = re.compile(f"{_APOS}(?:[msd]|re|ve|ll)", re.IGNORECASE)
 _NOT = re.compile(f"n{_APOS_OR_TICK}t", re.IGNORECASE)
-_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "\xad": None, " ": "\xa0"})
+_WITH_HYPHENS = str.maketrans({"(": "-lrb-", ")": "-rrb-", " ": "\xa0"})
+_BRACKETS = {**_WITH_HYPHENS, ord("\xad"): None}
 
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\v\f\r\u2028\u2029", " "))
 _SPANNING = re.compile(
-    rf"<|[0-9][)]?\s+[(]?[0-9]|\.\s+\.|(?<![A-Za-z])(?:[A-Za-z]|{_any(_BEFORE_NUMBERS)})\.(?:\s|$)",
-    re.IGNORECASE,
+    rf"<|\d[)]?\s+[(]?\d|\.\s+\.|(?i:{_any(_BEFORE_NUMBERS)})\.\s[0-9]"
+    rf"|(?<![A-Za-z])[A-Za-z]\.\s+(?:<|{_any(_STARTERS)}|{_any(_STARTERS.upper())})"
 )
 """Where a token may depend on what follows the next blank."""
 
@@ -211,12 +236,24 @@ def tokenize(texts: Sequence[str]) -> list[str]:
     lines = [one_line(text) for text in texts]
     found = []
     for i, line in enumerate(lines):
-        following = "\n" + lines[i + 1] if i + 1 < len(lines) else ""
-        if not following or _SPANNING.search(line):
-            found.append(" ".join(_tokens(line, following)))
+        following = _following(lines, i)
+        far = _SPANNING.search(line + following)
+        if not following or (far is not None and far.start() < len(line)):
+            tokens = _tokens(line, following)
         else:
-            found.append(" ".join(filter(None, map(_piece, line.split()))))
+            tokens = " ".join(map(_piece, line.replace("\t", " ").split(" ")))
+        found.append(without_punctuation(tokens))
     return found
+
+
+def _following(lines: Sequence[str], i: int) -> str:
+    """What comes behind line `i`, as far as rules look: the next line that is not blank, with its end."""
+    after = i + 1
+    while after < len(lines) and not lines[after].strip():
+        after += 1
+    return "".join("\n" + line for line in lines[i + 1 : after + 1]) + (
+        "\n" if after + 1 < len(lines) else ""
+    )
 
 
 def one_line(text: str) -> str:
@@ -226,18 +263,20 @@ def one_line(text: str) -> str:
 
 def without_punctuation(tokens: str) -> str:
     """The tokens that count, of tokens with blanks between them."""
-    return " ".join(token for token in tokens.rstrip().split(" ") if token not in DROPPED)
+    return " ".join(token for token in tokens.rstrip().split(" ") if token and token not in DROPPED)
 
 
 @lru_cache(maxsize=1 << 17)
 def _piece(piece: str) -> str:
     """The tokens of what stands between two blanks. Captions repeat their words, so this is remembered."""
-    return " ".join(_tokens(piece, "\n"))
+    return _tokens(piece, "\n")
 
 
-def _tokens(text: str, following: str) -> list[str]:
-    """Tokens that count of `text`, which `following` comes behind."""
-    shadow = "".join(map(_stand_in, text + following))
+def _tokens(text: str, following: str) -> str:
+    """The tokens of `text`, which `following` comes behind, with blanks between them."""
+    shadow = _ENTITY.sub(
+        lambda found: _ENTITY_LETTER * len(found[0]), "".join(map(_stand_in, text + following))
+    )
     tokens = []
     at, end = 0, len(text)
     while at < end:
@@ -252,11 +291,9 @@ def _tokens(text: str, following: str) -> list[str]:
                 length = found.end() - at + len(found[2])
                 if length > most:
                     most, stop = length, found.end()
-        token = _written(text[at:stop])
-        if token and token not in DROPPED:
-            tokens.append(token)
+        tokens.append(_written(text[at:stop]))
         at = max(stop, at + 1)
-    return tokens
+    return " ".join(tokens)
 
 
 def _written(token: str) -> str:
@@ -271,7 +308,21 @@ def _written(token: str) -> str:
         return ("n't" if token[1] in "'’\x92" else "n`t").lower()  # noqa: RUF001
     if not token.strip(". \xa0") and len(token) > 1:
         return "..."
-    return token.translate(_BRACKETS).lower()
+    if re.fullmatch(rf"{_COMPANY}\.?", token):
+        token = token.replace("&amp;", "&")
+    if re.fullmatch(_MARKUP, token):
+        return _lower(token.replace(" ", "\xa0"))
+    return _lower(token.translate(_WITH_HYPHENS if token[:1] == "#" or "@" in token else _BRACKETS))
+
+
+def _lower(token: str) -> str:
+    """In lower case as Java has it, which takes a sigma for a final one if no letter comes behind it."""
+    if "Σ" in token:
+        cased = [i for i, char in enumerate(token) if char.lower() != char.upper()]
+        if len(cased) > 1 and token[cased[-1]] == "Σ":
+            token = f"{token[: cased[-1]]}ς{token[cased[-1] + 1 :]}"
+        token = token.replace("Σ", "\u03c3")
+    return token.lower()
 
 
 @lru_cache(maxsize=1 << 16)
@@ -284,10 +335,16 @@ def _stand_in(char: str) -> str:
         return _UNKNOWN
     if char in "\u058a\u2010\u2011":
         return _HYPHEN
+    if char == _SPACE or "\u2000" <= char <= "\u200a":
+        return _SPACE
     if _within(code, _MARKS):
         return _MARK
     if _within(code, _SYMBOLS):
         return _SYMBOL
+    if _within(code, _LATER):
+        return _UNKNOWN
+    if char in "\u1885\u1886":  # letters they have been
+        return _LETTER
     category = unicodedata.category(char)
     return _LETTER if category[0] == "L" else _DIGIT if category == "Nd" else _UNKNOWN
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from blip.errors import DataError
 
 RECALL_AT = (1, 5, 10)
 NOT_FOUND = 1 << 40
@@ -116,6 +119,44 @@ def _count(rows: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """How many wrong candidates score at least as high as the right one (rows, 1)."""
     ranks = ((rows >= right) & wrong).sum(dim=1)
     return ranks.masked_fill(right[:, 0] == -torch.inf, NOT_FOUND).cpu()
+
+
+def ndcg(ranks: Sequence[int], relevance: Sequence[float]) -> float:
+    """Normalised discounted cumulative gain of one ranking, 0 to 1, as VisDial measures it.
+
+    Gains are counted down to as many places as there are relevant candidates.
+
+    Args:
+        ranks: place of each candidate, from 1.
+        relevance: of each candidate; some are above 0.
+
+    Raises:
+        DataError: not of the same candidates, or nothing is relevant.
+    """
+    gains = np.asarray(relevance, dtype=np.float64)
+    places = np.asarray(ranks, dtype=np.int64)
+    if len(places) != len(gains) or not gains.any():
+        raise DataError(
+            f"{len(places)} candidates are ranked and {np.count_nonzero(gains)} of {len(gains)} relevant"
+        )
+    count = int(np.count_nonzero(gains))
+    discounts = 1 / np.log2(np.arange(count) + 2)
+    ranked = gains[np.argsort(places, kind="stable")]
+    return float(ranked[:count] @ discounts / (np.sort(gains)[::-1][:count] @ discounts))
+
+
+def rank_scores(ranks: Sequence[int]) -> dict[str, float]:
+    """VisDial's measures of where the right candidate stands, from 1.
+
+    Returns:
+        `MRR`, `R_1`, `R_5`, `R_10` in percent, and `mean_rank`; nothing where there are no ranks.
+    """
+    places = np.asarray(ranks, dtype=np.float64)
+    if not len(places):
+        return {}
+    found = {"MRR": 100 * math.fsum(1 / places) / len(places)}
+    found |= {f"R_{k}": 100 * float((places <= k).mean()) for k in RECALL_AT}
+    return found | {"mean_rank": math.fsum(places) / len(places)}
 
 
 def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> float:

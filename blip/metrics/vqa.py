@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -106,6 +106,38 @@ def direct_accuracy(answer: str, truths: Sequence[str]) -> float:
     return min(1.0, sum(truth == answer for truth in truths) / 3)
 
 
+def pair_accuracy(answer: str, truths: Sequence[str]) -> float:
+    """iVQA's measure, 0 to 1: min(1, n / 2) for n equal reference answers, after all cleaning of both."""
+    return min(1.0, sum(exact_match(answer, truth) for truth in truths) / 2)
+
+
+def any_match(answer: str, truths: Sequence[str]) -> float:
+    """1.0 if the answer equals one of the reference answers after all cleaning of both, else 0.0."""
+    return max(exact_match(answer, truth) for truth in truths)
+
+
+MEASURES: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "vqa": vqa_accuracy,
+    "exact": any_match,
+    "direct": direct_accuracy,
+    "pairs": pair_accuracy,
+}
+"""Accuracies of an answer by the name of the measure; others take a single right answer, as `exact` does."""
+
+
+def answer_accuracy(answer: str, truths: Sequence[str], measure: str = "") -> float:
+    """How right an answer is by a measure, 0 to 1; one reference answer has to be equalled by any of them.
+
+    Args:
+        answer: predicted.
+        truths: of the people asked; at least one.
+        measure: as `datasets.NAME.measure`; empty: `vqa`.
+    """
+    if len(truths) == 1:
+        return exact_match(answer, truths[0])
+    return MEASURES.get(measure or "vqa", any_match)(answer, truths)
+
+
 @dataclass
 class AnswerScores:
     """Accuracies of many answers, of all together and of each type of question and answer."""
@@ -122,7 +154,8 @@ class AnswerScores:
     ) -> dict[str, float]:
         """Mean accuracies in percent: `overall`, `answer_type_yes_no`, ..., `question_type_what_color`, ...
 
-        Sums are exact, so the order of the rows does not matter. Nothing where there are no rows.
+        Sums are exact, so the order of the rows does not matter. Nothing is rounded; the official evaluation
+        reports two digits. Nothing where there are no rows.
         """
         groups: dict[str, list[float]] = {}
         if self.rows:

@@ -13,6 +13,7 @@ from blip.errors import ConfigError, hint
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names, unavailable
 from blip.registry import TASKS
 from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun
+from blip.tasks.submissions import captions
 from blip.together import on_main
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Captioning(Task):
         """COCO's and NoCaps's `[{image_id, caption}]`, where captions are not scored here."""
         if self.config.report_metric and all(p["truth"] for p in predictions):
             return None
-        return [{"image_id": p["image_id"], "caption": p["caption"]} for p in predictions]
+        return captions(data, predictions)
 
     def evaluate(self, model: Any, data: CaptionData, context: EvalContext) -> Evaluation:
         """What the model writes about every picture of this rank's share."""

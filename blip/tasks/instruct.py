@@ -11,10 +11,11 @@ from blip import dist
 from blip.batch import EvalContext, to_device
 from blip.errors import ConfigError
 from blip.metrics.caption import JAVA_SCORES, caption_scores, score_names
-from blip.metrics.retrieval import roc_auc
-from blip.metrics.vqa import AnswerScores, exact_match, vqa_accuracy
+from blip.metrics.retrieval import RECALL_AT, ndcg, rank_scores, roc_auc
+from blip.metrics.vqa import AnswerScores, answer_accuracy, any_match
 from blip.registry import TASKS
 from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun, rows_of, seen_once
+from blip.tasks.submissions import SERVERS, captions
 from blip.together import on_main
 
 BINARY = {"yes": ("yes", "true"), "no": ("no", "false")}
@@ -28,6 +29,10 @@ class InstructionData(EvalData, Protocol):
 
     in_words: bool
     """Whether captions or questions are to be written, which are also compared as captions are."""
+    measure: str
+    """What counts as right, as `datasets.NAME.measure`; empty: the VQA accuracy."""
+    server: str
+    """Format of what the evaluation server takes; empty: VQA's, or COCO's of captions."""
 
     def instruction(self, index: int) -> str:
         """What the model is told."""
@@ -88,6 +93,8 @@ class Made(NamedTuple):
     text: str
     order: Sequence[str] = ()
     """Candidates from the most to the least likely one, as far as the model tells; empty: it was written."""
+    places: Sequence[int] = ()
+    """Of each candidate in their own order its place among all, from 1, where that is asked for."""
     log_odds: float | None = None
     """Of yes against no, where these are all candidates and the model tells."""
 
@@ -97,7 +104,9 @@ class InstructTuning(Task):
     """`acc`: the percentage of outputs that are what people wrote, and that of each type of instruction.
 
     Both are cleaned as answers to questions are; where several people answered, it is the VQA accuracy.
-    `MRR`, the mean reciprocal rank in percent, where more than two candidates are ranked (VisDial's measure).
+    A dataset may have another measure of its own. `MRR`, the mean reciprocal rank in percent, where more than
+    two candidates are ranked; where the measure is `ranks`, as VisDial's, also `R_1`, `R_5`, `R_10` and
+    `mean_rank`, and `NDCG` in percent where it is known how relevant each candidate is.
     `AUC`, in percent, of the odds of yes against no, where there is nothing else to choose (HatefulMemes).
     Where captions or questions are to be written, also `CIDEr`, `Bleu_1` to `Bleu_4` and `ROUGE_L`.
     """
@@ -114,8 +123,9 @@ class InstructTuning(Task):
             ConfigError: a method is missing.
         """
         super().check(model)
+        told = ("MRR", "AUC", "NDCG", "mean_rank", *(f"R_{k}" for k in RECALL_AT))
         decides = (self.config.monitor or "").rpartition("/")[2]
-        if decides in ("MRR", "AUC") and not hasattr(model, "class_scores"):
+        if decides in told and not hasattr(model, "class_scores"):
             raise ConfigError(
                 f"run.monitor: model.arch {model.config.arch!r} tells which candidate is the likeliest, not"
                 f" how likely each is, so there is no {decides}; choose acc, or InstructBLIP"
@@ -143,7 +153,7 @@ class InstructTuning(Task):
         """
         in_words = score_names(JAVA_SCORES)
         if data is None:
-            return ["acc", "type_*", "MRR", "AUC", *in_words]
+            return ["acc", "type_*", *rank_scores([1]), "NDCG", "AUC", *in_words]
         own, ranked, binary = AnswerScores(), False, set[str]()
         for index in range(len(data)):
             if truths := data.references(index):
@@ -151,7 +161,11 @@ class InstructTuning(Task):
                 listed = self.candidates(data, index)
                 ranked = ranked or (len(listed) > 2 and truths[0] in listed)
                 binary |= set(truths) if _is_binary(listed) and len(set(truths)) == 1 else set()
-        found = list(own.means("acc", questions="type")) + (["MRR"] if ranked else [])
+        found = list(own.means("acc", questions="type"))
+        if ranked:
+            found += rank_scores([1]) if data.measure == "ranks" else ["MRR"]
+        if ranked and any(self._relevance(data, index) for index in range(len(data))):
+            found.append("NDCG")
         found += ["AUC"] if binary.issuperset(BINARY) else []
         return found + (in_words if data.in_words and own.rows else [])
 
@@ -188,7 +202,7 @@ class InstructTuning(Task):
         for listed, rows in groups.items():
             own = rows_of(samples, rows, len(indices))
             if listed:
-                made = _ranked(model, own, listed)
+                made = _ranked(model, own, listed, data.measure == "ranks")
             else:
                 texts = model.generate(own, prompt=list(own["text_input"]), **self._how(model, data))
                 made = [Made(text) for text in texts]
@@ -209,12 +223,35 @@ class InstructTuning(Task):
                 right = _accuracy(data, prediction["answer"], prediction["truth"])
                 own.add(right, data.task_type(prediction["index"]))
         found = AnswerScores(dist.gather_lists(own.rows)).means("acc", questions="type")
-        if every := dist.gather_lists(1 / p["rank"] for p in predictions if "rank" in p):
-            found["MRR"] = 100 * math.fsum(every) / len(every)
+        if ranks := rank_scores(dist.gather_lists(p["rank"] for p in predictions if "rank" in p)):
+            found |= ranks if data.measure == "ranks" else {"MRR": ranks["MRR"]}
+        judged = [(p["ranks"], self._relevance(data, p["index"])) for p in predictions if "ranks" in p]
+        if gains := dist.gather_lists(ndcg(ranks, relevance) for ranks, relevance in judged if relevance):
+            found["NDCG"] = 100 * math.fsum(gains) / len(gains)
         odds = dist.gather_lists((p["log_odds"], p["truth"][0] == "yes") for p in predictions if _judged(p))
         if len({positive for _, positive in odds}) == 2:
             found["AUC"] = 100 * roc_auc(*zip(*odds, strict=True))
         return found | (self._as_captions(data, predictions) if data.in_words else {})
+
+    def less_is_better(self, score: str) -> bool:
+        """The mean rank: the best is 1."""
+        return score == "mean_rank"
+
+    def submission(self, data: InstructionData, predictions: Sequence[Prediction]) -> Any:
+        """What the benchmark's server takes, where what people wrote is secret."""
+        if all(p["truth"] for p in predictions):
+            return None
+        source: Any = data
+        if hasattr(source, "image_id"):
+            return captions(source, predictions, "answer")
+        asked = hasattr(source, "question_id") and not data.in_words
+        return SERVERS[data.server or "vqa"](source, predictions) if asked else None
+
+    @staticmethod
+    def _relevance(data: Any, index: int) -> list[float] | None:
+        """How relevant each of a question's choices is; None where nobody knows, or nothing is."""
+        found = data.relevance(index) if hasattr(data, "relevance") else None
+        return found if found and any(found) else None
 
     def _as_captions(self, data: InstructionData, predictions: list[Prediction]) -> dict[str, float]:
         """Scores of captions; rank 0 computes them, since CIDEr looks at the whole corpus."""
@@ -239,8 +276,12 @@ def _judged(prediction: Prediction) -> bool:
     return "log_odds" in prediction and set(prediction["truth"]) in ({"yes"}, {"no"})
 
 
-def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str]) -> list[Made]:
-    """The likeliest candidate for each instruction, and the others in order if the model tells."""
+def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str], places: bool = False) -> list[Made]:
+    """The likeliest candidate for each instruction, and the others in order if the model tells.
+
+    Args:
+        places: whether the place of each candidate is asked for.
+    """
     if not hasattr(model, "class_scores"):
         how = {"inference_method": "rank", "answer_list": list(listed), "prompt": "{}"}
         return [Made(text, [text]) for text in model.predict_answers(samples, **how)]
@@ -255,7 +296,8 @@ def _ranked(model: Any, samples: dict[str, Any], listed: Sequence[str]) -> list[
     for row, order in zip(scores, scores.argsort(dim=1, descending=True, stable=True).tolist(), strict=True):
         ordered = [listed[number] for number in order]
         odds = float(row[listed.index("yes")] - row[listed.index("no")]) if binary else None
-        made.append(Made(ordered[0], ordered, odds))
+        ranks = {number: rank for rank, number in enumerate(order, start=1)} if places else {}
+        made.append(Made(ordered[0], ordered, [ranks[number] for number in sorted(ranks)], odds))
     return made
 
 
@@ -278,11 +320,13 @@ def _prediction(data: InstructionData, index: int, made: Made) -> Prediction:
         found["log_odds"] = made.log_odds
     if len(made.order) > 2 and truths and truths[0] in made.order:
         found["rank"] = 1 + made.order.index(truths[0])
+    if made.places:
+        found["ranks"] = list(made.places)
     return found
 
 
 def _accuracy(data: InstructionData, output: str, truths: Sequence[str]) -> float:
     """How right an output is, 0 to 1; of several captions it has to equal one."""
     if data.in_words:
-        return max(exact_match(output, truth) for truth in truths)
-    return vqa_accuracy(output, truths)
+        return any_match(output, truths)
+    return answer_accuracy(output, truths, data.measure)

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from blip import dist
 from blip.batch import EvalContext, to_device
 from blip.errors import ConfigError
-from blip.metrics.vqa import AnswerScores, direct_accuracy, exact_match, vqa_accuracy
+from blip.metrics.vqa import AnswerScores, answer_accuracy, any_match, direct_accuracy
 from blip.registry import TASKS
 from blip.tasks.base import EvalData, Evaluation, Prediction, Task, WritingRun, rows_of, seen_once
+from blip.tasks.submissions import SERVERS
 
 RIGHT = 0.5
 """An answer of at least this accuracy counts as right in predictions; of ten people, two gave it."""
@@ -22,6 +23,10 @@ class QuestionData(EvalData, Protocol):
 
     answer_list: list[str] | None
     """Candidates for ranking."""
+    measure: str
+    """What counts as right, as `datasets.NAME.measure`; empty: the task's own rule."""
+    server: str
+    """Format of what the evaluation server takes; empty: the task's own."""
 
     def question(self, index: int) -> str:
         """The question as annotated."""
@@ -87,8 +92,9 @@ class VqaRun(WritingRun):
 class VisualQuestionAnswering(Task):
     """`overall` accuracy in percent by the official VQA evaluation, and that of each type.
 
-    Questions with a single reference answer are right if theirs equals it. Questions without one are
-    answered, not scored.
+    A dataset may have another measure than the VQA accuracy. Of those whose measure is `choice` the answer is
+    the most likely of a question's own choices. Questions with a single reference answer are right if theirs
+    equals it. Questions without one are answered, not scored.
     """
 
     run_config_class = VqaRun
@@ -96,9 +102,17 @@ class VisualQuestionAnswering(Task):
     monitor: ClassVar[str] = "overall"
     data_kind: ClassVar[str] = "vqa"
 
-    def accuracy(self, answer: str, truths: Sequence[str]) -> float:
+    server: ClassVar[str] = "vqa"
+    """Format of what the evaluation server takes, where the data does not say."""
+
+    def accuracy(self, answer: str, truths: Sequence[str], measure: str = "") -> float:
         """How right an answer is, 0 to 1."""
-        return vqa_accuracy(answer, truths)
+        return answer_accuracy(answer, truths, measure)
+
+    def truths(self, data: QuestionData, index: int) -> list[str]:
+        """What an answer is compared with; empty where it is secret."""
+        right = data.correct_choice(index) if data.measure == "choice" else None
+        return data.answers(index) if right is None else [right]
 
     def check_data(self, data: QuestionData) -> None:
         """Raise where answers are to be ranked and there is no list of them.
@@ -106,6 +120,8 @@ class VisualQuestionAnswering(Task):
         Raises:
             ConfigError: there is none.
         """
+        if data.measure == "choice" and all(data.choices(index) for index in range(len(data))):
+            return
         if self.config.inference_method == "rank" and not data.answer_list:
             raise ConfigError(
                 f"run.inference_method: rank needs a list of answers, and datasets.{data.name} has none; give"
@@ -118,7 +134,7 @@ class VisualQuestionAnswering(Task):
             return [self.monitor, "answer_type_*", "question_type_*"]
         own = AnswerScores()
         for index in range(len(data)):
-            if data.answers(index):
+            if self.truths(data, index):
                 own.add(0.0, data.question_type(index), data.answer_type(index))
         return list(own.means(self.monitor))
 
@@ -132,7 +148,10 @@ class VisualQuestionAnswering(Task):
         for batch in data.batches():
             samples = to_device(dict(batch), context.device)
             with context.autocast():
-                answers = model.predict_answers(samples, **inference)
+                if data.measure == "choice":
+                    answers = self._chosen(model, data, samples, inference)
+                else:
+                    answers = model.predict_answers(samples, **inference)
                 chosen = self.choose(model, data, samples)
             for index, answer, choice in zip(batch["index"].tolist(), answers, chosen, strict=True):
                 predictions.append(self._prediction(data, index, answer, choice))
@@ -144,14 +163,36 @@ class VisualQuestionAnswering(Task):
 
     def submission(self, data: QuestionData, predictions: Sequence[Prediction]) -> Any:
         """What the benchmark's server takes, where answers are secret."""
-        return None if all(p["truth"] for p in predictions) else self.told(predictions)
+        if all(p["truth"] for p in predictions):
+            return None
+        return SERVERS[data.server or self.server](data, predictions)
 
-    def told(self, predictions: Sequence[Prediction]) -> Any:
-        """VQA's `[{question_id, answer}]`."""
-        return [{"question_id": _number(p["question_id"]), "answer": p["answer"]} for p in predictions]
+    def best_choices(self, model: Any, data: QuestionData, samples: dict[str, Any]) -> list[str | None]:
+        """The most likely of each question's choices; None where it has none."""
+        listed = [data.choices(index) for index in samples["index"].tolist()]
+        if any(listed):
+            samples = seen_once(model, samples)
+        how = {**self.config.inference(), "inference_method": "rank"}
+        found: list[str | None] = []
+        for row, choices in enumerate(listed):
+            own = rows_of(samples, [row], len(listed))
+            how |= {"answer_list": choices, "num_ans_candidates": len(choices)}
+            found.append(model.predict_answers(own, **how)[0] if choices else None)
+        return found
+
+    def _chosen(
+        self, model: Any, data: QuestionData, samples: dict[str, Any], inference: dict[str, Any]
+    ) -> list[str]:
+        """The most likely of each question's choices, and an answer to those without any."""
+        found = self.best_choices(model, data, samples)
+        rows = [row for row, choice in enumerate(found) if choice is None]
+        free = model.predict_answers(rows_of(samples, rows, len(found)), **inference) if rows else []
+        for row, answer in zip(rows, free, strict=True):
+            found[row] = answer
+        return [str(answer) for answer in found]
 
     def _prediction(self, data: QuestionData, index: int, answer: str, choice: str | None) -> Prediction:
-        truths = data.answers(index)
+        truths = self.truths(data, index)
         found: Prediction = {
             "index": index,
             "instance_id": data.instance_id(index),
@@ -163,7 +204,7 @@ class VisualQuestionAnswering(Task):
             "truth": truths,
         }
         if truths:
-            found["accuracy"] = round(self.accuracy(answer, truths), 4)
+            found["accuracy"] = round(self.accuracy(answer, truths, data.measure), 4)
             found["right"] = found["accuracy"] >= RIGHT
         return found
 
@@ -172,7 +213,7 @@ class VisualQuestionAnswering(Task):
         for prediction in predictions:
             if prediction["truth"]:
                 index = prediction["index"]
-                accuracy = self.accuracy(prediction["answer"], prediction["truth"])
+                accuracy = self.accuracy(prediction["answer"], prediction["truth"], data.measure)
                 own.add(accuracy, data.question_type(index), data.answer_type(index))
         return self._means(own, self.monitor)
 
@@ -186,14 +227,11 @@ class GraphQuestionAnswering(VisualQuestionAnswering):
     """GQA: `acc`, the percentage of answers that equal the one reference answer after cleaning both."""
 
     monitor: ClassVar[str] = "acc"
+    server: ClassVar[str] = "gqa"
 
-    def accuracy(self, answer: str, truths: Sequence[str]) -> float:
-        """1.0 if the answer equals a reference answer."""
-        return max(exact_match(answer, truth) for truth in truths)
-
-    def told(self, predictions: Sequence[Prediction]) -> Any:
-        """GQA's `[{questionId, prediction}]`."""
-        return [{"questionId": str(p["question_id"]), "prediction": p["answer"]} for p in predictions]
+    def accuracy(self, answer: str, truths: Sequence[str], measure: str = "") -> float:
+        """1.0 if the answer equals a reference answer, whatever the data's measure."""
+        return any_match(answer, truths)
 
 
 @TASKS.register("aok_vqa")
@@ -205,9 +243,10 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
     """
 
     monitor: ClassVar[str] = "acc"
+    server: ClassVar[str] = "aok_vqa"
 
-    def accuracy(self, answer: str, truths: Sequence[str]) -> float:
-        """min(1, n / 3) for n equal reference answers, as they are written."""
+    def accuracy(self, answer: str, truths: Sequence[str], measure: str = "") -> float:
+        """min(1, n / 3) for n equal reference answers, as they are written, whatever the data's measure."""
         return direct_accuracy(answer, truths)
 
     def scores(self, data: QuestionData | None = None) -> list[str]:
@@ -219,16 +258,7 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
 
     def choose(self, model: Any, data: QuestionData, samples: dict[str, Any]) -> list[str | None]:
         """The most likely of each question's choices."""
-        listed = [data.choices(index) for index in samples["index"].tolist()]
-        if any(listed):
-            samples = seen_once(model, samples)
-        how = {**self.config.inference(), "inference_method": "rank"}
-        found: list[str | None] = []
-        for row, choices in enumerate(listed):
-            own = rows_of(samples, [row], len(listed))
-            how |= {"answer_list": choices, "num_ans_candidates": len(choices)}
-            found.append(model.predict_answers(own, **how)[0] if choices else None)
-        return found
+        return self.best_choices(model, data, samples)
 
     def _prediction(self, data: QuestionData, index: int, answer: str, choice: str | None) -> Prediction:
         found, correct = super()._prediction(data, index, answer, choice), data.correct_choice(index)
@@ -241,15 +271,3 @@ class KnowledgeQuestionAnswering(VisualQuestionAnswering):
         for prediction in (p for p in predictions if "choice_right" in p):
             chosen.add(float(prediction["choice_right"]))
         return super()._metrics(data, predictions) | self._means(chosen, "mc_acc")
-
-    def told(self, predictions: Sequence[Prediction]) -> Any:
-        """The leaderboard's `{question_id: {direct_answer, multiple_choice}}`."""
-        return {
-            str(p["question_id"]): {"multiple_choice": p.get("choice", ""), "direct_answer": p["answer"]}
-            for p in predictions
-        }
-
-
-def _number(question_id: int | str) -> int | str:
-    """The number that a text writes out: servers take numbers only."""
-    return int(question_id) if isinstance(question_id, str) and question_id.isdecimal() else question_id

@@ -16,7 +16,8 @@ if "-version" in sys.argv:
     sys.exit({version})
 if "-silent" in sys.argv:
     asked = json.load(open(sys.argv[sys.argv.index("-silent") - 3]))
-    answer = [{{"image_id": a["image_id"], "scores": {{"All": {{"f": len(a["refs"]) / 10}}}}}} for a in asked]
+    scores = [len(a["refs"]) / 10 if a["test"] else None for a in asked]
+    answer = [{{"image_id": a["image_id"], "scores": {{"All": {{"f": f}}}}}} for a, f in zip(asked, scores)]
     if {works}:
         json.dump(answer, open(sys.argv[sys.argv.index("-out") + 1], "w"))
     print("out of memory", file=sys.stderr)
@@ -72,6 +73,14 @@ def test_spice_is_the_mean_of_what_the_jar_answers(tmp_path: Path, monkeypatch: 
     install(tmp_path, monkeypatch)
     assert java.spice(["a", "b"], [["x"], ["y", "z"]]) == pytest.approx(0.15)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "bin", tmp_path / "package"]
+
+
+def test_a_caption_that_spice_gives_no_score_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch)
+    with pytest.raises(java.JavaError, match="SPICE gave no score for caption 1"):
+        java.spice(["a", ""], [["x"], ["y"]])
 
 
 def test_meteor_is_the_last_number_however_much_is_asked(

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from blip.errors import DataError
 from blip.metrics import retrieval
 from blip.metrics.retrieval import (
     NOT_FOUND,
+    ndcg,
+    rank_scores,
     ranks_of_images,
     ranks_of_texts,
     recalls,
@@ -115,6 +118,35 @@ def test_a_score_that_is_nan_finds_nothing() -> None:
 def test_images_without_a_text_are_left_out() -> None:
     scores = torch.eye(3)
     assert recalls(scores[:, :2], scores[:2], [0, 1])["r_mean"] == 100.0
+
+
+def test_the_gain_of_a_ranking_is_the_plain_sum() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        count = int(rng.integers(2, 101))
+        relevance = rng.choice([0.0, 0.0, 0.2, 0.5, 1.0], count)
+        relevance[int(rng.integers(count))] = 0.6
+        ranks = (rng.permutation(count) + 1).tolist()
+        k = sum(1 for gain in relevance if gain > 0)
+        gained = sum(relevance[i] / math.log2(place + 1) for i, place in enumerate(ranks) if place <= k)
+        ideal = sum(gain / math.log2(place + 1) for place, gain in enumerate(sorted(relevance)[::-1][:k], 1))
+        assert ndcg(ranks, relevance.tolist()) == pytest.approx(gained / ideal, abs=1e-12)
+
+
+def test_the_gain_of_the_ideal_ranking_is_one_and_candidates_have_to_be_the_same() -> None:
+    assert ndcg([2, 1, 3, 4], [0.5, 1.0, 0.0, 0.0]) == pytest.approx(1.0)
+    with pytest.raises(DataError, match="3 candidates are ranked and 1 of 2 relevant"):
+        ndcg([1, 2, 3], [1.0, 0.0])
+    with pytest.raises(DataError, match="0 of 2 relevant"):
+        ndcg([1, 2], [0.0, 0.0])
+
+
+def test_scores_of_ranks_are_the_plain_means() -> None:
+    ranks = np.random.default_rng(2).integers(1, 101, 333).tolist()
+    expected = {f"R_{k}": 100 * sum(rank <= k for rank in ranks) / 333 for k in (1, 5, 10)}
+    expected |= {"MRR": 100 * sum(1 / rank for rank in ranks) / 333, "mean_rank": sum(ranks) / 333}
+    assert rank_scores(ranks) == pytest.approx(expected)
+    assert rank_scores([]) == {}
 
 
 def test_no_queries_give_zero_and_no_error() -> None:

@@ -6,10 +6,12 @@ import pytest
 
 from blip.metrics.vqa import (
     AnswerScores,
+    answer_accuracy,
     clean_answer,
     clean_punctuation,
     direct_accuracy,
     exact_match,
+    pair_accuracy,
     vqa_accuracy,
 )
 
@@ -83,6 +85,30 @@ def test_gqa_cleans_both_sides() -> None:
 def test_aokvqa_compares_as_written() -> None:
     assert direct_accuracy("dog", ["dog", "dog", "Dog", "cat"]) == pytest.approx(2 / 3)
     assert direct_accuracy("dog", ["dog"] * 10) == 1.0
+
+
+def test_ivqa_counts_two_people_as_all() -> None:
+    people = ["a dog", "dog", "Dog.", "cat", "bird"]
+    assert [pair_accuracy(said, people) for said in ("dog!", "cat", "fish")] == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("measure", "scores"),
+    [
+        ("", [0.9, 0.3, 0.0]),
+        ("vqa", [0.9, 0.3, 0.0]),
+        ("exact", [1.0, 1.0, 0.0]),
+        ("direct", [1.0, 1 / 3, 0.0]),
+        ("pairs", [1.0, 0.5, 0.0]),
+        ("choice", [1.0, 1.0, 0.0]),
+    ],
+)
+def test_every_measure_is_the_plain_count(measure: str, scores: list[float]) -> None:
+    people = ["red"] * 3 + ["blue"] + [f"other {i}" for i in range(6)]
+    assert [answer_accuracy(said, people, measure) for said in ("red", "blue", "green")] == pytest.approx(
+        scores
+    )
+    assert answer_accuracy("the Red.", ["red"], measure) == 1.0  # one answer has to be equalled
 
 
 def test_means_are_given_per_type() -> None:

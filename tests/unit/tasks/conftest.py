@@ -20,6 +20,8 @@ class FakeData:
     """`count` samples in batches of two; a subclass says what is known of each."""
 
     name = "fake"
+    measure = ""
+    server = ""
 
     def __init__(self, count: int) -> None:
         self.count = count

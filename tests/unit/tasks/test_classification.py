@@ -68,6 +68,17 @@ def test_scores_are_known_before_an_evaluation(data: Pairs, per_class: bool) -> 
     assert ("class_*" in judging.scores()) == per_class
 
 
+def test_memes_are_measured_by_the_area_under_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pairs, "measure", "auc")
+    found = task().evaluate(Judge(), Pairs(5), CONTEXT)
+    odds = (LOGITS[:, 1] - LOGITS[:, 0]).tolist()
+    assert [p["log_odds"] for p in found.predictions] == pytest.approx(odds)
+    pairs = [(odds[i] > odds[j]) for i in (1, 2, 4) for j in (0, 3)]
+    assert found.metrics() == pytest.approx({"acc": 60.0, "AUC": 100 * sum(pairs) / len(pairs)})
+    assert task().scores(Pairs(5)) == ["acc", "AUC"]
+    assert task().scores(Pairs(1)) == list(task().evaluate(Judge(), Pairs(1), CONTEXT).metrics()) == ["acc"]
+
+
 def test_predictions_name_the_classes() -> None:
     predictions = task().evaluate(Judge(), Pairs(5), CONTEXT).predictions
     assert predictions[2] == {

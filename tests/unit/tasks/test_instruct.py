@@ -183,6 +183,107 @@ def test_the_reciprocal_rank_is_that_of_the_right_candidate(monkeypatch: pytest.
     assert found.metrics()["MRR"] == pytest.approx(50.0)
 
 
+class Dialogs(Told):
+    """Two turns of a dialog with five candidates each; people looked at the second one's."""
+
+    measure, server = "ranks", "visdial"
+
+    def references(self, index: int) -> list[str]:
+        return [["d"], ["b"]][index]
+
+    def choices(self, index: int) -> list[str]:
+        return list("abcde")
+
+    def question_id(self, index: int) -> str:
+        return f"17#{index}"
+
+    def relevance(self, index: int) -> list[float] | None:
+        return [0.5, 1.0, 0.0, 0.0, 0.0] if index else None
+
+
+def test_dialogs_are_measured_by_the_places_of_their_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation = task().evaluate(Ranker(), Dialogs(2), CONTEXT)  # e, d, c, b, a
+    assert [p["rank"] for p in evaluation.predictions] == [2, 4]
+    assert [p["ranks"] for p in evaluation.predictions] == [[5, 4, 3, 2, 1]] * 2
+    found = evaluation.metrics()
+    assert {
+        name: found[name] for name in ("MRR", "R_1", "R_5", "R_10", "mean_rank", "NDCG")
+    } == pytest.approx(
+        {
+            "MRR": 100 * (1 / 2 + 1 / 4) / 2,
+            "R_1": 0.0,
+            "R_5": 100.0,
+            "R_10": 100.0,
+            "mean_rank": 3.0,
+            "NDCG": 0.0,
+        }
+    )
+    assert task().scores(Dialogs(2)) == list(found)
+    assert "NDCG" not in task().scores(Dialogs(1))
+    assert task().less_is_better("mean_rank")
+    assert not task().less_is_better("NDCG")
+    assert task().submission(Dialogs(2), evaluation.predictions) is None
+    monkeypatch.setattr(Dialogs, "references", lambda self, index: [])
+    secret = task().evaluate(Ranker(), Dialogs(2), CONTEXT)
+    assert task().submission(Dialogs(2), secret.predictions) == [
+        {"image_id": 17, "round_id": 1, "ranks": [5, 4, 3, 2, 1]},
+        {"image_id": 17, "round_id": 2, "ranks": [5, 4, 3, 2, 1]},
+    ]
+    written = task().evaluate(Writer(), Dialogs(2), CONTEXT)  # it tells the likeliest one only
+    assert task().submission(Dialogs(2), written.predictions) is None
+
+
+@pytest.mark.parametrize(
+    ("measure", "accuracy"),
+    [("", 0.6), ("direct", 2 / 3), ("exact", 1.0), ("pairs", 1.0)],
+)
+def test_the_datas_own_measure_counts(measure: str, accuracy: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Told, "measure", measure)
+    monkeypatch.setattr(Told, "references", lambda self, index: ["2"] * 2 + ["3"] * 8)
+    monkeypatch.setitem(globals(), "SAID", ["2"] * 5)
+    found = task(inference_method="generate").evaluate(Writer(), Told(1), CONTEXT)
+    assert found.metrics()["acc"] == pytest.approx(100 * accuracy)
+
+
+@pytest.mark.parametrize(
+    ("server", "content"),
+    [
+        ("", [{"question_id": 70, "answer": "red."}, {"question_id": 71, "answer": "no"}]),
+        ("vizwiz", [{"image": "None", "answer": "red."}, {"image": "1.png", "answer": "no"}]),
+        ("gqa", [{"questionId": "70", "prediction": "red."}, {"questionId": "71", "prediction": "no"}]),
+        (
+            "aok_vqa",
+            {
+                "70": {"multiple_choice": "", "direct_answer": "red."},
+                "71": {"multiple_choice": "no", "direct_answer": ""},
+            },
+        ),
+    ],
+)
+def test_what_is_secret_is_written_for_each_server(server: str, content: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Told, "references", lambda self, index: [])
+    monkeypatch.setattr(Told, "choices", lambda self, index: ["yes", "no"] if index else [])
+    predictions = task().evaluate(Writer(), Told(2), CONTEXT).predictions
+    assert task().submission(Told(2), predictions) is None  # nobody would know which question it is
+    monkeypatch.setattr(Told, "question_id", lambda self, index: str(70 + index), raising=False)
+    monkeypatch.setattr(Told, "server", server)
+    assert task().submission(Told(2), predictions) == content
+    monkeypatch.setattr(Told, "references", lambda self, index: ["red"])
+    known = task().evaluate(Writer(), Told(2), CONTEXT).predictions
+    assert task().submission(Told(2), known) is None
+
+
+def test_secret_captions_are_written_for_coco_and_nocaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Told, "references", lambda self, index: [])
+    monkeypatch.setattr(Told, "in_words", True)
+    monkeypatch.setattr(Told, "image_id", lambda self, index: 900 + index, raising=False)
+    predictions = task().evaluate(Writer(), Told(2), CONTEXT).predictions
+    assert task().submission(Told(2), predictions) == [
+        {"image_id": 900, "caption": "red."},
+        {"image_id": 901, "caption": "a cat"},
+    ]
+
+
 def test_yes_and_no_have_synonyms_and_are_compared_by_their_odds(monkeypatch: pytest.MonkeyPatch) -> None:
     # Log-probabilities of yes, true, no, false for each instruction.
     scores = torch.tensor([[-1.0, -9, -2, -9], [-3, -1, -2, -9], [-3, -9, -2, -2.5], [-4, -9, -2, -9]])

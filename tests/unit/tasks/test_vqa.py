@@ -165,8 +165,13 @@ def test_answers_that_are_secret_are_written_for_each_server(monkeypatch: pytest
         {"question_id": 501, "answer": "red"},
         {"question_id": 502, "answer": "a dog"},
     ]
-    assert task().submission(data, [{**said[0], "question_id": "7"}])[0]["question_id"] == 7
     assert task("gqa").submission(data, said)[0] == {"questionId": "500", "prediction": "2"}
+    monkeypatch.setattr(Questions, "question_id", lambda self, index: "7")
+    assert task().submission(data, said)[0]["question_id"] == 7
+    monkeypatch.setattr(Questions, "server", "vizwiz")
+    assert task().submission(data, said)[1] == {"image": "1.png", "answer": "red"}
+    monkeypatch.setattr(Questions, "server", "gqa")
+    assert task().submission(data, said)[1] == {"questionId": "7", "prediction": "red"}
 
 
 def test_aokvqa_answers_by_itself_and_among_each_question_s_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +265,39 @@ def test_of_secret_answers_there_is_no_score(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Questions, "answers", lambda self, index: [])
     monkeypatch.setattr(Questions, "correct_choice", lambda self, index: None)
     assert task("vqa").scores(Questions(5)) == task("aok_vqa").scores(Questions(5)) == []
+
+
+@pytest.mark.parametrize(
+    ("measure", "overall"),
+    [("", 2.6 / 4), ("vqa", 2.6 / 4), ("direct", (1 + 2 / 3) / 4), ("exact", 3 / 4), ("pairs", 3 / 4)],
+)
+def test_the_datas_own_measure_counts(measure: str, overall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Questions, "measure", measure)
+    found = task().evaluate(Answerer(), Questions(5), CONTEXT)
+    assert found.metrics()["overall"] == pytest.approx(100 * overall)
+    scores = [p["accuracy"] for p in found.predictions if "accuracy" in p]
+    assert sum(scores) / 4 == pytest.approx(overall, abs=1e-4)
+
+
+def test_of_data_with_choices_the_best_one_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ScienceQA and IconQA; what has no choices is answered freely, and what is secret has no score."""
+
+    class Chooser(Answerer):
+        def predict_answers(self, samples: dict[str, Any], **how: Any) -> list[str]:
+            own = how["num_ans_candidates"] == len(how["answer_list"])
+            return how["answer_list"][-1:] if own else super().predict_answers(samples, **how)
+
+    monkeypatch.setattr(Questions, "measure", "choice")
+    data = Questions(5)
+    found = task().evaluate(Chooser(), data, CONTEXT)
+    assert [p["answer"] for p in found.predictions] == ["3", "red", "a bird", "no", "up"]
+    assert [p["truth"] for p in found.predictions] == [["3"], TRUTHS[1], ["a cat"], [], ["up"]]
+    assert found.metrics()["overall"] == pytest.approx(100 * (1 + 1 + 0 + 1) / 4)
+    assert task().scores(data) == list(found.metrics())
+    monkeypatch.setattr(Questions, "answer_list", None)
+    task().check_data(Questions(1))  # all of its questions have choices
+    with pytest.raises(ConfigError, match="rank needs a list of answers"):
+        task().check_data(data)
 
 
 @pytest.mark.parametrize("run", [{"min_len": 11}, {"num_ans_candidates": 0}, {"max_len": 0}])
