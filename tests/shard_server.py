@@ -26,7 +26,7 @@ class ShardServer:
         self.asked: Counter[str] = Counter()
         """Name -> whole files asked for."""
         self.refuse: dict[str, list[int]] = {}
-        """Name -> HTTP codes of the next answers; the last one stays."""
+        """Name -> HTTP codes of the next answers, 200 gives the file; the last one stays."""
         self.cut: dict[str, int] = {}
         """Name -> answers that break off in the middle."""
         self.sized = True
@@ -40,8 +40,10 @@ class _Handler(SimpleHTTPRequestHandler):
         server: ShardServer = self.server.shards  # type: ignore[attr-defined]
         name = self.path.partition("?")[0].lstrip("/")
         if codes := server.refuse.get(name):
-            self.send_error(codes.pop(0) if len(codes) > 1 else codes[0])
-            return
+            code = codes.pop(0) if len(codes) > 1 else codes[0]
+            if code != 200:
+                self.send_error(code)
+                return
         path = server.folder / name
         if not path.is_file():
             self.send_error(404)

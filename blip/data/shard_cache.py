@@ -14,6 +14,9 @@ from typing import IO
 from blip import atomic
 from blip.errors import ConfigError, DataError
 
+_LOCK = ".lock-"
+"""Start of the names of empty files: who has locked one fetches the file of that name."""
+
 
 class ShardCache:
     """Files by name.
@@ -36,12 +39,29 @@ class ShardCache:
             OSError: what `fetch` raised; the file is not there then.
             DataError: the folder cannot be written to.
         """
-        place, partial = self.folder / name, self.folder / f"{atomic.PARTIAL}{name}"
+        place = self.folder / name
         while (file := _held(place)) is None:
+            with self._create(self.folder / f"{_LOCK}{name}") as turn:
+                _lock(turn, self.folder)
+                lock = Path(turn.name)
+                if not place.exists() and _same(lock, turn):  # otherwise another one was quicker
+                    try:
+                        file = self._fetched(place, fetch)
+                        break
+                    finally:
+                        lock.unlink()
+        os.utime(place)
+        self.make_room(0)
+        return file
+
+    def _fetched(self, place: Path, fetch: Callable[[IO[bytes]], None]) -> IO[bytes]:
+        """The file, opened; this process is the only one that fetches it."""
+        partial = place.with_name(f"{atomic.PARTIAL}{place.name}")
+        while True:
             with self._create(partial) as out:
-                _lock(out, self.folder)
-                if place.exists() or not _same(partial, out):
-                    continue  # another one was quicker
+                _lock(out, self.folder, shared=True)
+                if not _same(partial, out):  # it was removed as a leftover
+                    continue
                 try:
                     out.truncate(0)
                     fetch(out)
@@ -50,12 +70,8 @@ class ShardCache:
                 except BaseException:
                     partial.unlink(missing_ok=True)
                     raise
-                _lock(out, self.folder, shared=True)  # until it is open for reading, too
                 if (file := _held(place)) is not None:
-                    break
-        os.utime(place)
-        self.make_room(0)
-        return file
+                    return file
 
     def make_room(self, size: int) -> bool:
         """Remove files that nobody has open until `size` bytes fit in; whether they do."""
@@ -65,19 +81,20 @@ class ShardCache:
                 about = path.stat()
             except FileNotFoundError:
                 continue
-            files.append((about.st_mtime_ns, about.st_size, path))
+            if not path.name.startswith(_LOCK):
+                files.append((about.st_mtime_ns, about.st_size, path))
         total = sum(size for _, size, _ in files)
         for _, held, path in sorted(files):
             if total + size <= self.limit:
                 break
-            if not path.name.startswith(atomic.PARTIAL) and _remove(path):
+            if _remove(path):
                 total -= held
         return total + size <= self.limit
 
-    def _create(self, partial: Path) -> IO[bytes]:
+    def _create(self, path: Path) -> IO[bytes]:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            return open(partial, "r+b", opener=lambda path, _: os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
+            return open(path, "r+b", opener=lambda path, _: os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         except OSError as error:
             raise _unusable(self.folder, error) from error
 

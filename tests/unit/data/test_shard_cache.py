@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import IO
 
@@ -55,22 +56,29 @@ def test_a_file_that_could_not_be_fetched_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         cache.open("a", fail)
     assert names(tmp_path) == set()
-    (tmp_path / ".partial-a").write_bytes(b"left by a killed process, longer than the file")
+    for name in (".partial-a", ".lock-a", ".partial-b"):
+        (tmp_path / name).write_bytes(b"left by a killed process, longer than the file")
     assert put(cache, "a").read() == b"x" * 10
-    assert names(tmp_path) == {"a"}
+    assert names(tmp_path) == {"a", ".partial-b"}
+    assert cache.make_room(90)
+    assert ".partial-b" not in names(tmp_path)
 
 
-def fetch_slowly(folder: Path, count: int) -> None:
+def fetch_slowly(folder: Path, everyone: Barrier) -> None:
     def write(out: IO[bytes]) -> None:
         with (folder / "log").open("a") as log:
             log.write("fetched\n")
-        time.sleep(0.3)
+        time.sleep(0.2)
         out.write(b"y" * 10)
 
-    threads = [
-        threading.Thread(target=lambda: ShardCache(folder / "cache", 100).open("a", write).close())
-        for _ in range(count)
-    ]
+    def use() -> None:
+        for name in "ab":
+            everyone.wait(30)
+            with ShardCache(folder / "cache", 100).open(name, write) as file:
+                everyone.wait(30)  # nobody has to let go of it for another one to have it
+                assert file.read() == b"y" * 10
+
+    threads = [threading.Thread(target=use) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -79,14 +87,16 @@ def fetch_slowly(folder: Path, count: int) -> None:
 
 def test_what_several_processes_and_threads_ask_for_is_fetched_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=fetch_slowly, args=(tmp_path, 3)) for _ in range(3)]
+    everyone = context.Barrier(9)
+    processes = [context.Process(target=fetch_slowly, args=(tmp_path, everyone)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert (tmp_path / "log").read_text() == "fetched\n"
-    assert names(tmp_path / "cache") == {"a"}
+    assert not everyone.broken
+    assert (tmp_path / "log").read_text() == "fetched\n" * 2
+    assert names(tmp_path / "cache") == {"a", "b"}
 
 
 def hold(folder: str) -> None:
