@@ -411,6 +411,10 @@ class ShardReader:
         """Where the lanes stand."""
         return [lane.position for lane in self._lanes]
 
+    def take_fetched(self) -> tuple[int, float]:
+        """Bytes of remote shards and seconds waited for them since this was asked before."""
+        return self._source.dataset.shards.take_fetched()
+
 
 def num_lanes(dataset: ShardDataset, global_batch: int, world: int) -> int:
     """The largest divisor of `dataset.lanes` that divides the batch and is no more than the shards.

@@ -207,6 +207,27 @@ def test_fetched_shards_give_the_batches_of_the_files(shards: ShardDataset, fetc
     assert_same(found, take(ours, 30))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_it_took_to_make_batches_is_told_once(
+    fetched: ShardDataset, tmp_path: Path, workers: int
+) -> None:
+    store = fetched.shards
+    assert isinstance(store, RemoteShards)
+    fresh = RemoteShards("far", store.urls, tmp_path, 10**9, 38)
+    data = ShardDataset("far", fresh, fetched.maker, lanes=4, window=4)
+    loader = TrainLoader({"far": data}, LoaderConfig(4, num_workers=workers))
+    take(loader, 20)
+    busy, waited, size = loader.take_traffic()
+    assert busy >= waited > 0
+    assert size == sum(path.stat().st_size for path in tmp_path.rglob("*.tar"))
+    assert loader.num_workers == max(1, workers)
+    assert loader.take_traffic() == (0.0, 0.0, 0)
+    plain = TrainLoader({"one": Toy("one", 19)}, LoaderConfig(4, num_workers=workers))
+    take(plain, 3)
+    busy, waited, size = plain.take_traffic()
+    assert (busy > 0, waited, size) == (True, 0.0, 0)
+
+
 @pytest.mark.parametrize("accum", [1, 3])
 def test_a_run_resumed_behind_any_batch_goes_on_as_if_uninterrupted(build: Loaders, accum: int) -> None:
     whole = take(build(accum=accum), 26)
