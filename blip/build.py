@@ -278,7 +278,7 @@ def build_loader(
             data = datasets[key] = on_all(partial(_dataset, config, name, split, train=True))
             if skips is not None and isinstance(data, ShardDataset):
                 damaged = data.damaged()
-                skips.judge_all(name, damaged, len(damaged), len(data.paths), "shards")
+                skips.judge_all(name, damaged, len(damaged), data.num_probed, "shards")
             ratios[key] = config.datasets[name].sample_ratio
     settings = LoaderConfig(
         batch_size=run.batch_size_train,

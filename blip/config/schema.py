@@ -150,6 +150,16 @@ class DatasetConfig(Section):
     """Logical lanes that shards are dealt to; more ranks x workers than lanes leaves some idle."""
     window: int = 256
     """Samples per lane that are permuted among each other, in shards; 1 keeps the stored order."""
+    remote: bool = False
+    """Let `path` name shards that are not on this machine: urls of http(s), s3, gs, hf ..., such as
+    s3://bucket/{00000..00099}.tar; they are fetched whole while others are read. Commands (`pipe:...`) need
+    the environment variable BLIP_PIPES=1 besides."""
+    cache_dir: str | None = None
+    """Folder that fetched shards are kept in, one within it per dataset; None: `remote` in the data root."""
+    cache_gb: float = 32.0
+    """Gigabytes (1e9 bytes) of fetched shards to keep; two shards per lane let each lane fetch ahead."""
+    num_samples: int | None = None
+    """Samples in all shards; None: as sizes.json beside them tells, else counted, of remote ones in one."""
     max_samples: int | None = None
     """Use the first so many records of each split only."""
     build_info: dict[str, Any] = field(default_factory=dict)
@@ -157,7 +167,11 @@ class DatasetConfig(Section):
 
     def problems(self) -> list[str]:
         """Counts and ratios that make no sense."""
-        found = self._at_least(1, "lanes", "window", "max_samples") + self._at_least(0, "sample_ratio")
+        found = self._at_least(1, "lanes", "window", "max_samples", "num_samples") + self._at_least(
+            0, "sample_ratio"
+        )
+        if self.cache_gb <= 0:
+            found.append(f"cache_gb: {self.cache_gb} is not above 0")
         if self.answer_weight <= 0:
             found.append(f"answer_weight: {self.answer_weight} is not above 0")
         if not 0 < self.cut < 1:

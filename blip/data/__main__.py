@@ -14,6 +14,7 @@ from blip.data.catalog import table as catalog
 from blip.data.catalog.instruct import ALIASES, MEMBERS
 from blip.data.catalog.table import CATALOG
 from blip.data.check import Report, check_split, count_words
+from blip.data.fetch import is_remote
 from blip.data.kinds import KINDS
 from blip.data.locate import MissingData, available_splits, locate
 from blip.data.official.prepare import prepare, wanted
@@ -74,6 +75,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     add("--kind", default="auto", choices=("auto", *KINDS), help=text)
     text = "our name of a column and the file's, as in caption=text; may be repeated"
     add("--column", action="append", default=[], metavar="OURS=THEIRS", help=text)
+    add("--remote", action="store_true", help="PATH is a url of shards, which are fetched")
     add("--limit", type=_positive, metavar="N", help="read N pictures spread over the set; default: all")
     text = "tokenizer that measures texts: scenes, a vocab.txt, or a name; default: words are counted"
     add("--tokenizer", metavar="NAME", help=text)
@@ -187,6 +189,10 @@ def _section(args: argparse.Namespace) -> tuple[str, DatasetConfig]:
     values = {"format": args.format, "kind": args.kind, "images": args.images, "columns": columns}
     if args.what in CATALOG:
         return args.what, DatasetConfig(**values)
+    if is_remote(args.what):
+        if not args.remote:
+            raise UsageError(f"{args.what}: is not on this machine; to fetch its shards, add --remote")
+        return "remote", DatasetConfig(path=args.what, remote=True, **values)
     root = catalog.data_root(args.data_root)
     pattern = any(sign in args.what for sign in "{*")
     if not pattern and not (root / args.what).exists() and not Path(args.what).exists():

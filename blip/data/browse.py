@@ -148,7 +148,7 @@ def _pairs(name: str, section: DatasetConfig, source: Source, root: str | Path |
     plain: tuple[Any, Callable[[str], str], str] = (_AsStored(), str, section.prompt)
     if source.layout == "shards":
         maker = SampleMaker(*plain, columns=source.columns)
-        return Pairs(ShardDataset(name, source.paths, maker, image_ids=section.image_ids))
+        return Pairs(ShardDataset(name, source.shards, maker, image_ids=section.image_ids))
     records = read_source(name, source, section.max_samples)
     kind = found_kind(source, records)
     classes = class_names(name, section, kind, source, records, root, training=False)
@@ -175,13 +175,13 @@ def _numbered(data: PairDataset) -> Iterator[Any]:
 
 def _stored(data: ShardDataset) -> Iterator[Any]:
     """The samples of shards in stored order."""
-    for number, path in enumerate(data.paths):
-        with path.open("rb") as file:
-            for entry in data.scan(number):
-                if isinstance(entry, BadRecord):
-                    yield entry
-                    continue
-                try:
-                    yield data.sample(entry, file, 0, 0)
-                except BadRecord as error:
-                    yield error
+    for number in range(len(data.labels)):
+        for entry in data.stored(number):
+            if isinstance(entry, BadRecord):
+                yield entry
+                continue
+            file, ref = entry
+            try:
+                yield data.sample(ref, file, 0, 0)
+            except BadRecord as error:
+                yield error

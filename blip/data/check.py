@@ -30,6 +30,8 @@ CountTokens = Callable[[list[str]], list[int]]
 """Texts -> number of tokens of each."""
 
 _SECONDS_BETWEEN_LINES = 10
+_MOST_FETCHED = 3
+"""Remote shards that are looked at where the number of pictures is limited."""
 
 
 def count_words(texts: list[str]) -> list[int]:
@@ -126,7 +128,7 @@ def check_split(
     report = Report(name, split, count_tokens)
     if source.layout == "shards":
         looker = _Looker(_Undecoded(), _cleaner("caption"), columns=source.columns)
-        work = _of_shards(report, ShardDataset(name, source.paths, looker, image_ids=False), limit)
+        work = _of_shards(report, ShardDataset(name, source.shards, looker, image_ids=False), limit)
     else:
         records = read_source(name, source)
         kind = found_kind(source, records)
@@ -243,28 +245,31 @@ def _texts(maker: SampleMaker, record: dict[str, Any], name: str) -> tuple[list[
 
 
 def _of_shards(report: Report, shards: ShardDataset, limit: int | None) -> _Work:
-    # Where there are too many shards to count, the total is an estimate: what is beyond it is looked at, too.
-    total = shards.num_samples
+    # Where there are too many shards to count, the total is an estimate; a whole check looks beyond it.
+    total, numbers = shards.num_samples, list(range(len(shards.labels)))
+    if limit is not None and shards.shards.remote:  # so many pictures are no reason to fetch all shards
+        some = sorted(_spread(len(numbers), min(limit, _MOST_FETCHED)))
+        total, numbers = max(1, total * len(some) // len(numbers)), some
     chosen = _spread(total, limit)
-    for shard, path in enumerate(shards.paths):
-        with path.open("rb") as file:
-            for ref in shards.scan(shard):
-                if isinstance(ref, BadRecord):
-                    report.bad.append(ref)
-                    continue
-                number = report.records
-                report.records = report.pictures = number + 1
-                if number < total and number not in chosen:
-                    continue
-                try:
-                    found = shards.sample(ref, file, 0, 0)
-                except BadRecord as error:
-                    report.bad.append(error)
-                    continue
-                report.bad += found["bad"]
-                report.add(found["texts"])
-                if found["texts"]:
-                    yield f"{shards.labels[shard]}/{ref.key}", found["content"], found["texts"][0]
+    for shard in numbers:
+        for entry in shards.stored(shard, ahead=len(numbers) == len(shards.labels)):
+            if isinstance(entry, BadRecord):
+                report.bad.append(entry)
+                continue
+            file, ref = entry
+            number = report.records
+            report.records = report.pictures = number + 1
+            if number not in chosen and (number < total or limit is not None):
+                continue
+            try:
+                found = shards.sample(ref, file, 0, 0)
+            except BadRecord as error:
+                report.bad.append(error)
+                continue
+            report.bad += found["bad"]
+            report.add(found["texts"])
+            if found["texts"]:
+                yield f"{shards.labels[shard]}/{ref.key}", found["content"], found["texts"][0]
 
 
 def _spread(total: int, limit: int | None) -> range | set[int]:

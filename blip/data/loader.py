@@ -99,6 +99,7 @@ class TrainLoader:
     ) -> None:
         self.config = config
         self.wait_s = 0.0
+        self._traffic = Traffic(0.0, 0.0, 0)
         self._world = dist.world_size() if config.world is None else config.world
         self._rank = dist.rank() if config.rank is None else config.rank
         self._tokenize, self._skips = tokenize, skips
@@ -160,6 +161,9 @@ class TrainLoader:
         parts = [chunk.batch for chunk in chunks if chunk.batch is not None]
         batch = merge(parts, self.config.pad_id, self.config.pin_memory)
         self._advance(draw, chunks)
+        self._traffic = Traffic(
+            *map(sum, zip(self._traffic, *(chunk.traffic for chunk in chunks), strict=True))
+        )
         start, end = dist.slices(draw.total, self._world)[self._rank]
         batch |= {
             "rows": torch.arange(start, end) + draw.micro * self.plan.global_batch,
@@ -193,6 +197,16 @@ class TrainLoader:
         epoch = self._draw().epoch
         while self._draw().epoch == epoch:
             yield next(self)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that make batches, this one if there are no others."""
+        return self._workers
+
+    def take_traffic(self) -> Traffic:
+        """What it took to make the batches since this was asked before."""
+        taken, self._traffic = self._traffic, Traffic(0.0, 0.0, 0)
+        return taken
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last batch handed out: integers, strings and lists only."""
@@ -285,6 +299,17 @@ def _sources(
     return sources, list(weights.values())
 
 
+class Traffic(NamedTuple):
+    """What it took the workers to make batches, added up over them."""
+
+    busy_s: float
+    """Seconds of reading, decoding and waiting for shards."""
+    fetch_wait_s: float
+    """Those of waiting for shards from elsewhere."""
+    fetched: int
+    """Bytes from elsewhere."""
+
+
 class _Chunk(NamedTuple):
     """A worker's part of a micro-batch."""
 
@@ -294,6 +319,7 @@ class _Chunk(NamedTuple):
     """Positions of the worker's lanes of the source."""
     bad: list[tuple[str, BadRecord]]
     """(dataset, record) of what was skipped."""
+    traffic: Traffic
 
 
 class _Parts(IterableDataset):
@@ -333,6 +359,7 @@ class _Parts(IterableDataset):
             yield Failure(type(error), str(error))
 
     def _part(self, reader: Reader, draw: Draw) -> _Chunk:
+        began = time.perf_counter()
         samples, skipped = [], []
         for number, name, sample, bad in reader.read(draw):
             if "image_id" in sample:
@@ -340,7 +367,9 @@ class _Parts(IterableDataset):
             samples.append(sample)
             skipped += [(name, record) for record in bad]
         batch = collate(samples, self._tokenize) if samples else None
-        return _Chunk(batch, reader.positions(), skipped)
+        fetched, waited = reader.take_fetched()
+        traffic = Traffic(time.perf_counter() - began, waited, fetched)
+        return _Chunk(batch, reader.positions(), skipped, traffic)
 
 
 class EvalLoader:

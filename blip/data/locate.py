@@ -13,7 +13,9 @@ from blip.config.schema import DatasetConfig
 from blip.data.catalog import table as catalog
 from blip.data.catalog.scoring import scoring
 from blip.data.catalog.table import CATALOG, Row
+from blip.data.fetch import is_remote
 from blip.data.readers import detect
+from blip.data.stores import LocalShards, RemoteShards, Store, find_urls
 from blip.data.tars import find_shards
 from blip.errors import ConfigError, DataError, hint
 
@@ -60,6 +62,8 @@ class Source:
     """Format of what the evaluation server takes; empty: the usual one."""
     relevance: Path | None = None
     """File of how relevant each candidate is; it may be missing."""
+    shards: Store = field(default_factory=lambda: LocalShards([]))
+    """Of layout `shards`: where they lie; `paths` are empty where that is no disk."""
     ocr: Path | None = None
     """File of words read in the pictures; it may be missing where no template shows them."""
 
@@ -126,11 +130,17 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
     row = CATALOG.get(name) if named else None
     columns = {**(row.columns if row else {}), **config.columns}
     layout = config.format if config.format != "auto" else (row.format if row else "auto")
+    if any(is_remote(text) for text in texts):
+        source = _in_shards(name, config, [], columns, named)
+        source.shards = _remote_shards(name, config, texts, root)
+        return source
     if layout == "shards" or any(text.endswith(".tar") for text in texts):
         return _in_shards(name, config, _shards(name, texts, root, named), columns, named)
     paths = [_existing(name, text, root, named) for text in texts]
     if layout == "auto" and all(_detected(name, path) == "shards" for path in paths):
         return _in_shards(name, config, _shards(name, texts, root, named), columns, named)
+    if config.num_samples is not None:
+        raise ConfigError(f"datasets.{name}.num_samples: only shards need to be told; leave it out")
     source = Source(paths, layout, _roots(name, config, split, paths, root), columns, named)
     source.types = list(config.types)
     scored = scoring(name)
@@ -161,7 +171,15 @@ def _in_shards(
             f"datasets.{name}.kind: shards hold pictures with captions; {config.kind} data is read from"
             " annotation files, such as JSON"
         )
-    return Source(paths, "shards", [], columns, named, kind="caption")
+    source = Source(paths, "shards", [], columns, named, kind="caption")
+    source.shards = LocalShards(paths, config.num_samples)
+    return source
+
+
+def _remote_shards(name: str, config: DatasetConfig, texts: list[str], root: Path) -> RemoteShards:
+    urls = find_urls(name, texts, config.remote)
+    folder = root / "remote" if config.cache_dir is None else Path(config.cache_dir).expanduser()
+    return RemoteShards(name, urls, folder, round(config.cache_gb * 1e9), config.num_samples)
 
 
 def _add_evaluation_files(

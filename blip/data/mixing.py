@@ -94,6 +94,10 @@ class Reader(Protocol):
         """Where the worker's lanes stand; empty for a source without any."""
         ...
 
+    def take_fetched(self) -> tuple[int, float]:
+        """Bytes fetched from elsewhere and seconds waited for them since this was asked before."""
+        ...
+
 
 class MapSource:
     """One or several map-style datasets as one: an order over their concatenation.
@@ -156,6 +160,10 @@ class MapReader:
     def positions(self) -> list[list[int]]:
         """None: the plan says it all."""
         return []
+
+    def take_fetched(self) -> tuple[int, float]:
+        """Nothing is fetched."""
+        return 0, 0.0
 
     def _row(self, place: int) -> Read:
         source = self._source

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -21,15 +20,15 @@ import numpy as np
 from blip import dist, keyed
 from blip.data.mixing import Draw, Read, Share
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.tars import IMAGES, Ref, damage, payload, scan
+from blip.data.stores import SIZES_FILE, LocalShards, Store, probe_all, reading
+from blip.data.tars import IMAGES, Ref, payload, scan_file
 from blip.errors import ConfigError, DataError
+from blip.together import on_main
 
 log = logging.getLogger(__name__)
 
-SIZES_FILE = "sizes.json"
-"""Beside the shards: file name -> number of samples, as open_clip reads it."""
-
-_MAX_COUNTED = 50_000
+_MOST_LOST = 8
+"""Remote shards in a row that a lane does without; then it is the network that is down."""
 
 
 class ShardDataset:
@@ -37,7 +36,7 @@ class ShardDataset:
 
     Args:
         name: of the dataset; keys its randomness.
-        paths: the shards, in a fixed order.
+        shards: the files in a fixed order, or where else they lie.
         maker: record -> sample. The record is what the `.json` member holds, or the `.txt` member as caption.
         lanes: most lanes; see `num_lanes`.
         window: samples of a lane that are permuted among each other.
@@ -47,82 +46,100 @@ class ShardDataset:
     def __init__(
         self,
         name: str,
-        paths: Sequence[Path],
+        shards: Sequence[Path] | Store,
         maker: SampleMaker,
         lanes: int = 16,
         window: int = 256,
         image_ids: bool = True,
     ) -> None:
-        if not paths:
+        self.shards: Store = LocalShards(shards) if isinstance(shards, Sequence) else shards
+        self.labels = self.shards.labels
+        if not self.labels:
             raise DataError(f"datasets.{name}.path: no shards")
         self.name = name
-        self.paths = [Path(path) for path in paths]
         self.lanes = lanes
         self.window = window
         self.maker = maker
         self.image_ids = image_ids
-        top = os.path.commonpath([path.absolute().parent for path in self.paths])
-        # Names must not depend on where the data lies, but tell equal file names of two folders apart.
-        self.labels = [path.absolute().relative_to(top).as_posix() for path in self.paths]
 
     def __len__(self) -> int:
         return self.num_samples
 
     @cached_property
     def num_samples(self) -> int:
-        """Number of samples: from `sizes.json` where it is, else counted from the headers of the shards.
+        """Number of samples: as told, from `sizes.json` where it is, else counted from the shards' headers.
 
-        Counting ends after some 50,000 samples; what is left is estimated by file size.
+        Counting ends after some 50,000 samples, in remote shards after the first one that has any; what is
+        left is estimated, by file size or by the number of shards. Call it on every rank.
+
+        Raises:
+            DataError: remote shards that would have to be counted cannot be read.
         """
-        known = self._known_sizes()
+        told = self.shards.num_samples
+        return told or (on_main(self._count) if self.shards.remote else self._count())
+
+    def _count(self) -> int:
+        store = self.shards
+        known = store.known_sizes()
         total = sum(size for size in known if size is not None)
-        unknown = [i for i in range(len(self.paths)) if known[i] is None]
+        unknown = [i for i, size in enumerate(known) if size is None]
         counted: list[int] = []
         samples = 0
+        bad: list[BadRecord] = []
         for i in keyed.permutation(len(unknown), "count").tolist():
-            if samples >= _MAX_COUNTED:
+            if samples >= store.most_counted:
                 break
+            if store.remote and len(bad) == 3:
+                raise DataError(
+                    f"datasets.{self.name}.path: its shards cannot be counted, the last one because of"
+                    f" {bad[-1]}; mend that, or give datasets.{self.name}.num_samples"
+                )
             counted.append(unknown[i])
-            samples += sum(isinstance(entry, Ref) for entry in self.scan(unknown[i]))
+            for entry in self.scan(unknown[i]):
+                samples += isinstance(entry, Ref)
+                bad += [entry] if isinstance(entry, BadRecord) and not samples else []
         if len(counted) == len(unknown):
             return total + samples
-        every, seen = (sum(self.paths[i].stat().st_size for i in some) for some in (unknown, counted))
+        every, seen = (sum(store.weight(i) for i in some) for some in (unknown, counted))
         estimate = total + round(samples * every / seen)
         log.warning(
             "datasets.%s: about %d samples, estimated from %d of %d shards; %s beside them (name -> number of"
-            " samples) would tell exactly",
-            *(self.name, estimate, len(counted), len(unknown), SIZES_FILE),
+            " samples) would tell exactly, or datasets.%s.num_samples",
+            *(self.name, estimate, len(counted), len(unknown), SIZES_FILE, self.name),
         )
         return estimate
 
-    def _known_sizes(self) -> list[int | None]:
-        tables: dict[Path, dict[str, int]] = {}
-        for folder in {path.parent for path in self.paths}:
-            file = folder / SIZES_FILE
-            if file.is_file():
-                try:
-                    tables[folder] = {
-                        str(name): int(size) for name, size in json.loads(file.read_bytes()).items()
-                    }
-                except (ValueError, AttributeError, TypeError) as error:
-                    raise DataError(
-                        f"{file}: not a JSON object of file name -> number of samples ({error}); mend or"
-                        " delete it"
-                    ) from error
-        return [tables.get(path.parent, {}).get(path.name) for path in self.paths]
-
     def scan(self, shard: int) -> Iterator[Ref | BadRecord]:
         """The samples of a shard in stored order; a BadRecord where it cannot be read (any further)."""
-        return scan(self.paths[shard], shard, self.labels[shard])
+        label = self.labels[shard]
+        try:
+            file = self.shards.open(shard)
+        except OSError as error:
+            yield BadRecord("unreadable_shard", label, str(error))
+            return
+        with file:
+            yield from scan_file(file, shard, label)
+
+    def stored(self, shard: int, ahead: bool = True) -> Iterator[tuple[IO[bytes], Ref] | BadRecord]:
+        """As `scan`, with the opened shard; with `ahead` the next one is fetched meanwhile."""
+        try:
+            with reading(self.shards, shard, ahead) as file:
+                for entry in scan_file(file, shard, self.labels[shard]):
+                    yield entry if isinstance(entry, BadRecord) else (file, entry)
+        except OSError as error:
+            yield BadRecord("unreadable_shard", self.labels[shard], str(error))
 
     def damaged(self) -> list[BadRecord]:
         """The shards that are cut off or no tar files at all, in order; called on every rank, each looks at
-        its part of them."""
-        start, end = dist.slices(len(self.paths))[dist.rank()]
-        with ThreadPoolExecutor(16) as pool:  # waits for the disk
-            found = pool.map(damage, self.paths[start:end], self.labels[start:end])
-            own = [error for error in found if error is not None]
-        return dist.gather_lists(own)
+        its part of them. Of remote ones some are looked at, and their beginning only."""
+        chosen = self.shards.probed()
+        start, end = dist.slices(len(chosen))[dist.rank()]
+        return dist.gather_lists(probe_all(self.shards, chosen[start:end]))
+
+    @property
+    def num_probed(self) -> int:
+        """How many of them `damaged` looks at."""
+        return len(self.shards.probed())
 
     def sample(self, ref: Ref, file: IO[bytes], epoch: int, seed: int) -> dict[str, Any]:
         """The sample at `ref`, read from its opened shard; `epoch` and `seed` key its augmentation.
@@ -183,10 +200,12 @@ class Lane:
         self._resume = (self._shard, self._sample)
         self._files: OrderedDict[int, IO[bytes]] = OrderedDict()
         self._refs: list[Ref] | None = None
+        self._lost = 0
         self._order = np.empty(0, np.int64)
         # A pass that was joined midway may have had its good samples before.
         self._good = any(position)
         self._entries = self._scan()
+        dataset.shards.prefetch(self._shards(self._epoch)[self._shard])
 
     @property
     def position(self) -> list[int]:
@@ -221,23 +240,39 @@ class Lane:
             self._good = True
             return sample, bad
 
-    def _shards(self) -> list[int]:
-        order = keyed.permutation(
-            len(self._dataset.paths), self._seed, "shards", self._epoch, self._dataset.name
-        )
+    def _shards(self, epoch: int) -> list[int]:
+        order = keyed.permutation(len(self._dataset.labels), self._seed, "shards", epoch, self._dataset.name)
         return order[self._lane :: self._lanes].tolist()
 
     def _scan(self) -> Iterator[tuple[tuple[int, int], Ref | BadRecord]]:
         """What the rest of the epoch holds, from `_resume` on, each with the place behind it."""
         start, skip = self._resume
-        for number, shard in enumerate(self._shards()):
+        order = self._shards(self._epoch)
+        for number, shard in enumerate(order):
             if number < start:
                 continue
+            last = number + 1 == len(order)
+            self._dataset.shards.prefetch(self._shards(self._epoch + 1)[0] if last else order[number + 1])
             count = 0
             for entry in self._dataset.scan(shard):
                 count += isinstance(entry, Ref)
                 if number > start or count > skip or not isinstance(entry, Ref):
                     yield (number, count), entry
+                if count == 0:
+                    self._count_lost(entry)
+            if count:
+                self._lost = 0
+
+    def _count_lost(self, entry: Ref | BadRecord) -> None:
+        """Raise where remote shards cannot be had, one after the other."""
+        if not isinstance(entry, BadRecord) or not self._dataset.shards.remote:
+            return
+        self._lost += 1
+        if self._lost == _MOST_LOST:
+            raise DataError(
+                f"datasets.{self._dataset.name}.path: {self._lost} shards in a row cannot be read, the last"
+                f" is {entry}; see whether they can be reached, then go on with run.resume=auto"
+            )
 
     def _fill(self, bad: list[BadRecord]) -> list[Ref]:
         refs: list[Ref] = []
@@ -256,7 +291,16 @@ class Lane:
             )
         key = (self._seed, "window", self._dataset.name, self._epoch, self._lane, self._window)
         self._refs, self._order = refs, keyed.permutation(len(refs), *key)
+        self._keep({ref.shard for ref in refs})
         return refs
+
+    def _keep(self, shards: set[int]) -> None:
+        """Let go of the shards that the window does not need, and hold on to fetched ones that it does."""
+        for shard in self._files.keys() - shards:
+            self._files.pop(shard).close()
+        for shard in sorted(shards) if self._dataset.shards.remote else ():
+            with suppress(BadRecord):  # it is told of when its samples are read
+                self._file(shard)
 
     def _advance(self, last: bool, bad: list[BadRecord]) -> None:
         self._refs, self._done = None, 0
@@ -265,7 +309,7 @@ class Lane:
             self._shard, self._sample = self._resume
             return
         if not self._good:
-            names = [self._dataset.labels[shard] for shard in self._shards()]
+            names = [self._dataset.labels[shard] for shard in self._shards(self._epoch)]
             causes = sorted({error.cause for error in bad}) or ["no sample in them"]
             raise DataError(
                 f"datasets.{self._dataset.name}: no readable sample in {len(names)} shard(s) ({names[0]},"
@@ -283,9 +327,9 @@ class Lane:
             if len(self._files) == 4:
                 self._files.popitem(last=False)[1].close()
             try:
-                file = self._dataset.paths[shard].open("rb")
+                file = self._dataset.shards.open(shard)
             except OSError as error:
-                raise BadRecord("unreadable_shard", self._dataset.labels[shard]) from error
+                raise BadRecord("unreadable_shard", self._dataset.labels[shard], str(error)) from error
         self._files[shard] = file
         return file
 
@@ -323,7 +367,7 @@ class ShardSource:
         """What a position is relative to."""
         content = keyed.key(*self.dataset.labels) % 10**6
         return (
-            f"{self.name} ({len(self.dataset.paths)} shards no. {content}, {self.num_lanes} lanes,"
+            f"{self.name} ({len(self.dataset.labels)} shards no. {content}, {self.num_lanes} lanes,"
             f" window {self.dataset.window})"
         )
 
@@ -368,6 +412,10 @@ class ShardReader:
         """Where the lanes stand."""
         return [lane.position for lane in self._lanes]
 
+    def take_fetched(self) -> tuple[int, float]:
+        """Bytes of remote shards and seconds waited for them since this was asked before."""
+        return self._source.dataset.shards.take_fetched()
+
 
 def num_lanes(dataset: ShardDataset, global_batch: int, world: int) -> int:
     """The largest divisor of `dataset.lanes` that divides the batch and is no more than the shards.
@@ -377,7 +425,7 @@ def num_lanes(dataset: ShardDataset, global_batch: int, world: int) -> int:
     Raises:
         ConfigError: fewer shards than ranks, or lanes that cannot be dealt evenly to `world` ranks.
     """
-    shards = len(dataset.paths)
+    shards = len(dataset.labels)
     divisors = [n for n in range(1, dataset.lanes + 1) if dataset.lanes % n == 0 and global_batch % n == 0]
     lanes = max(n for n in divisors if n <= shards)
     if lanes % world == 0:

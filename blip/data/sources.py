@@ -97,7 +97,7 @@ def build_dataset(
         _check_kind(name, "caption", wanted)
         maker = _told(name, config, source, maker, "caption", (), wanted, train) or maker
         maker.columns = source.columns  # records of other layouts are renamed when they are read
-        return ShardDataset(name, source.paths, maker, config.lanes, config.window, config.image_ids)
+        return ShardDataset(name, source.shards, maker, config.lanes, config.window, config.image_ids)
     source.captioned = train or wanted not in ("caption", "instruct")
     records = read_source(name, source, config.max_samples, wanted)
     kind = found_kind(source, records, wanted)

@@ -32,9 +32,14 @@ class Ref(NamedTuple):
     files: dict[str, tuple[int, int]]
 
 
-def expand(pattern: str) -> list[str]:
-    """All names that `{000..012}` and `{a,b}` in `pattern` stand for, in order; several may occur."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
+def expand(pattern: str, numbers_only: bool = False) -> list[str]:
+    """All names that `{000..012}` and `{a,b}` in `pattern` stand for, in order; several may occur.
+
+    Args:
+        pattern: names with braces.
+        numbers_only: leave braces alone that hold no span of numbers: in commands they may mean other things.
+    """
+    found = re.search(r"\{(\d+\.\.\d+)\}" if numbers_only else r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
@@ -44,7 +49,7 @@ def expand(pattern: str) -> list[str]:
     else:
         parts = found[1].split(",")
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [name for part in parts for name in expand(head + part + tail)]
+    return [name for part in parts for name in expand(head + part + tail, numbers_only)]
 
 
 def find_shards(pattern: str | Path, root: str | Path | None = None) -> list[Path]:
@@ -61,7 +66,8 @@ def find_shards(pattern: str | Path, root: str | Path | None = None) -> list[Pat
     text = str(pattern)
     if re.match(r"(pipe|https?|s3|gs|hdfs|ftp):", text):
         raise ConfigError(
-            f"shards {text!r}: not a file; copy the shards to a disk, and give path/{{000..012}}.tar"
+            f"shards {text!r}: not a file; copy the shards to a disk, and give path/{{000..012}}.tar, or read"
+            " them as a dataset's path with its key remote: true"
         )
     if text.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")):
         raise ConfigError(
@@ -106,10 +112,23 @@ def scan(path: Path, shard: int, label: str) -> Iterator[Ref | BadRecord]:
         label: its name, for the bad records.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
-            yield from _groups(tar, path.stat().st_size, shard, label)
-    except _TAR_ERRORS:
-        yield BadRecord("unreadable_shard", label)
+        file = path.open("rb")
+    except OSError as error:
+        yield BadRecord("unreadable_shard", label, str(error))
+        return
+    with file:
+        yield from scan_file(file, shard, label)
+
+
+def scan_file(file: IO[bytes], shard: int, label: str) -> Iterator[Ref | BadRecord]:
+    """As `scan`, of an opened shard; members may be read from the same file on the way."""
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield from _groups(tar, size, shard, label)
+    except _TAR_ERRORS as error:
+        yield BadRecord("unreadable_shard", label, str(error))
 
 
 def damage(path: Path, label: str) -> BadRecord | None:
@@ -125,12 +144,22 @@ def damage(path: Path, label: str) -> BadRecord | None:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - tarfile.BLOCKSIZE))
             tail = file.read()
+    except OSError as error:
+        return BadRecord("unreadable_shard", label, f"{path}: {error}")
+    if problem := bad_header(head):
+        return BadRecord("unreadable_shard", label, f"{path}: {problem}")
+    if tail != bytes(tarfile.BLOCKSIZE):
+        return BadRecord("truncated_shard", label, f"{path}: it ends after {size} bytes, within a record")
+    return None
+
+
+def bad_header(head: bytes) -> str | None:
+    """Why the first block of a file is not that of a tar; None where it may be."""
+    try:
         if any(head):
             tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except _TAR_ERRORS as error:
-        return BadRecord("unreadable_shard", label, f"{path}: {error}")
-    if tail != bytes(tarfile.BLOCKSIZE):
-        return BadRecord("truncated_shard", label, f"{path}: it ends after {size} bytes, within a record")
+        return str(error)
     return None
 
 

@@ -16,7 +16,7 @@ ITM_CHANCE = math.log(3) - 2 / 3 * math.log(2)
 """Entropy of one match among three pairs (0.6365): the ITM loss of a model that knows nothing."""
 
 _BAR_EVERY_S = 0.1
-_RATES = ("samples_per_s", "data_wait")
+_RATES = ("samples_per_s", "data_wait", "loader_busy", "fetch_mb_per_s", "fetch_wait")
 _HIDDEN = ("split", "step", "epoch")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,6 +40,39 @@ class Progress:
             setattr(self, name, value)
 
 
+class Intake:
+    """Where this process's training data came from, and what was waited for; for a line at its end."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        """Source -> rows on all ranks."""
+        self._window = Window()
+
+    def add(
+        self, micro_batches: Sequence[Mapping[str, Any]], seconds: float, waited: float, load: Sequence[Any]
+    ) -> None:
+        """Count a step, as `Window.time` and `Window.load` do."""
+        for batch in micro_batches:
+            self.rows[batch["source"]] += batch["batch_total"]
+        self._window.time(0, seconds, waited)
+        self._window.load(*load)
+
+    def text(self) -> str:
+        """The line; it says what to do where the data was what took the time."""
+        rates, total = self._window.rates(), self.rows.total()
+        parts = ", ".join(f"{name} {rows}" for name, rows in self.rows.most_common())
+        found = f"data: {total} samples ({parts}); waited for {rates.get('data_wait', 0):.0%} of the time"
+        busy, fetching = rates.get("loader_busy", 0.0), rates.get("fetch_wait", 0.0)
+        found += f", loader processes busy {busy:.0%}"
+        if "fetch_wait" in rates:
+            size, speed = self._window.fetched / 1e6, rates["fetch_mb_per_s"]
+            found += f" ({fetching:.0%} waiting for shards; {size:.1f} MB fetched at {speed:.1f} MB/s)"
+        if rates.get("data_wait", 0) > 0.2:
+            remedy = "more run.num_workers or faster disks would help"
+            found += "; the network is too slow" if fetching > busy / 2 else f"; {remedy}"
+        return found
+
+
 class Window:
     """Sums of figures since the last line of the log, of this rank, in float64 on the figures' device.
 
@@ -51,6 +85,8 @@ class Window:
         self.samples = 0
         self.seconds = 0.0
         self.waited = 0.0
+        self.busy = self.fetch_wait = 0.0
+        self.fetched = 0
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         """Add one step's figures, scalars; a step may lack some."""
@@ -65,6 +101,12 @@ class Window:
         self.seconds += seconds
         self.waited += waited
 
+    def load(self, busy: float, fetch_wait: float, fetched: int) -> None:
+        """Count what it took this rank's loader: shares of its processes' time, and bytes from elsewhere."""
+        self.busy += busy
+        self.fetch_wait += fetch_wait
+        self.fetched += fetched
+
     def means(self) -> dict[str, float]:
         """Mean of every figure over the steps that had it and over the ranks; call it on every rank."""
         if not self._sums:
@@ -75,10 +117,23 @@ class Window:
         return dict(zip(self._sums, values.tolist(), strict=True))
 
     def rates(self) -> dict[str, float]:
-        """`samples_per_s` on all ranks, and `data_wait`, the share of time spent waiting for data."""
+        """`samples_per_s` on all ranks, and of this one `data_wait` and `loader_busy`.
+
+        These are shares: of the time, spent waiting for data; of its loader processes' time, spent on making
+        batches. Where shards are fetched, also `fetch_mb_per_s`, and `fetch_wait`, the share of the
+        processes' time spent waiting for them.
+        """
         if not self.seconds:
             return {}
-        return {"samples_per_s": self.samples / self.seconds, "data_wait": self.waited / self.seconds}
+        rates = {
+            "samples_per_s": self.samples / self.seconds,
+            "data_wait": self.waited / self.seconds,
+            "loader_busy": self.busy / self.seconds,
+        }
+        if self.fetched or self.fetch_wait:
+            rates["fetch_mb_per_s"] = self.fetched / 1e6 / self.seconds
+            rates["fetch_wait"] = self.fetch_wait / self.seconds
+        return rates
 
     def clear(self) -> None:
         """Begin the next line."""

@@ -106,6 +106,9 @@ def _header(folder: Path, train: Sequence[Line], config: str) -> str:
         speeds = sorted(v for line in train if (v := _figure(line, "samples_per_s")) is not None)
         if speeds:
             facts.append(("samples/s", short(speeds[len(speeds) // 2])))
+        waits = sorted(v for line in train if (v := _figure(line, "data_wait")) is not None)
+        if waits:
+            facts.append(("waiting for data", f"{waits[len(waits) // 2]:.0%}"))
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts)
     return f"<header><h1>{escape(folder.resolve().name)}</h1><dl>{items}</dl></header>\n"
 

@@ -18,7 +18,7 @@ from blip.engine.cached import cached_step
 from blip.engine.checkpoint import Checkpoints, Stateful, load_model, read_part
 from blip.engine.optim import Ema, Schedule, build_optimizer
 from blip.engine.parallel import Parallel
-from blip.engine.progress import Progress, Window
+from blip.engine.progress import Intake, Progress, Window
 from blip.engine.report import write_report
 from blip.engine.signals import StopSignals
 from blip.engine.tracker import Tracker
@@ -63,6 +63,7 @@ class Runner:
         self.tracker = tracker
         self.progress = Progress()
         self.window = Window()
+        self.intake = Intake()
         self.checkpoints = Checkpoints(tracker.folder, keep_last=self.config.keep_last)
         self.ema: Ema | None = None
         if loader is not None:
@@ -143,13 +144,21 @@ class Runner:
                 micro_batches: list[Any] = next(steps)
                 waited = time.perf_counter() - started
                 self.train_step(micro_batches)
-                rows = sum(batch["batch_total"] for batch in micro_batches)
-                self.window.time(rows, time.perf_counter() - started, waited)
+                self._time(micro_batches, time.perf_counter() - started, waited)
                 self._log_step()
                 self._settle()
                 self._judge_data()
+            if self.intake.rows:
+                log.info("%s", self.intake.text())
         finally:
             self.loader.close()
+
+    def _time(self, micro_batches: list[dict[str, Any]], seconds: float, waited: float) -> None:
+        busy, fetch_wait, fetched = self.loader.take_traffic()
+        load = (busy / self.loader.num_workers, fetch_wait / self.loader.num_workers, fetched)
+        self.window.time(sum(batch["batch_total"] for batch in micro_batches), seconds, waited)
+        self.window.load(*load)
+        self.intake.add(micro_batches, seconds, waited, load)
 
     def train_step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One optimizer step. If any rank sees a non-finite gradient, no rank steps and the step is counted.

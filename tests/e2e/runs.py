@@ -23,7 +23,7 @@ from torch import Tensor
 from blip.weights import read_weights
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("samples_per_s", "data_wait")
+TIMES = ("samples_per_s", "data_wait", "loader_busy", "fetch_mb_per_s", "fetch_wait")
 """Figures of `metrics.jsonl` that tell how quick a run was."""
 
 EYES = {

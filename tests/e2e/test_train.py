@@ -137,6 +137,7 @@ def test_a_run_folder_holds_what_the_contract_says(trained: Path) -> None:
     first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
     names = (
         "split step epoch loss loss_itc loss_itm loss_lm itc_acc itm_acc lr grad_norm samples_per_s data_wait"
+        " loader_busy"
     )
     assert set(names.split()) <= first.keys()
     steps = [(line["split"], line["step"]) for line in lines(trained)]

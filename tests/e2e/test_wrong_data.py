@@ -101,7 +101,10 @@ OWN: dict[str, tuple[Callable[[Own], list[str]], list[str]]] = {
     ),
     "shards of a url": (
         lambda own: ["datasets.scenes.path=https://example.org/{0..9}.tar"],
-        ["shards 'https://example.org/{0..9}.tar': not a file; copy the shards to a disk"],
+        [
+            "datasets.scenes.path: 'https://example.org/{0..9}.tar' is not on this machine; to fetch",
+            "set datasets.scenes.remote=true, or copy them to a disk",
+        ],
     ),
     "batch larger than the shards": (
         lambda own: ["datasets.scenes.path=scenes/shards/train-*.tar", "run.batch_size_train=1000"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from blip.data.scenes.make import make_scenes
 from blip.data.shards import Lane, ShardDataset
 from blip.data.sources import build_dataset
 from blip.data.tars import IMAGES, Ref, find_shards, payload
+from tests.shard_server import serving
 
 MEMBERS = {
     "jpg": ("jpg", "json"),
@@ -146,6 +149,27 @@ def test_what_the_library_s_encoders_write_is_read(tmp_path: Path) -> None:
     [sample] = open_splits("web", None, None, {"path": str(tmp_path / "e-0.tar")})["train"]
     assert sample["text_input"] == "encoded"
     assert pixels(sample["image"]) == pixels(picture(1))
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the library reads urls by curl")
+def test_the_library_and_we_read_the_same_from_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both by their own way with urls, and by a command."""
+    (tmp_path / "served").mkdir()
+    shards = written(tmp_path / "served", ("png", "json"), count=11, per_shard=2)
+    monkeypatch.setenv("BLIP_PIPES", "1")
+    with serving(tmp_path / "served") as server:
+        url = f"{server.url}/shard-{{000000..000005}}.tar"
+        expected = [(sample["json"], pixels(sample["png"])) for sample in theirs(shards)]
+        fetch = f"{sys.executable} -c 'import sys, urllib.request as r; "
+        fetch += f"sys.stdout.buffer.write(r.urlopen(sys.argv[1]).read())' {url}"
+        for number, place in enumerate((url, f"pipe:{fetch}")):
+            library = wds.WebDataset(place, shardshuffle=False, empty_check=False).decode("pil")
+            assert [(sample["json"], pixels(sample["png"])) for sample in library] == expected
+            options = {"path": place, "remote": True, "cache_dir": str(tmp_path / str(number))}
+            ours = list(open_splits("web", tmp_path, None, options)["train"])
+            assert [(sample["text_input"], pixels(sample["image"])) for sample in ours] == [
+                (record["caption"], content) for record, content in expected
+            ]
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

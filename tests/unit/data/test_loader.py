@@ -27,7 +27,9 @@ from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
+from blip.data.stores import LocalShards, RemoteShards
 from blip.errors import CheckpointError, ConfigError, DataError
+from tests.shard_server import serving
 
 Loaders = Callable[..., TrainLoader]
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -116,13 +118,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
     return ShardDataset("web", paths, SampleMaker(Noise(), str), lanes=4, window=4)
 
 
-@pytest.fixture(params=["map", "concatenated", "mixed", "shards", "mixed with shards"])
+@pytest.fixture(scope="module")
+def fetched(shards: ShardDataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShardDataset]:
+    """The same shards behind urls, in a folder that has room for a few of them."""
+    assert isinstance(shards.shards, LocalShards)
+    paths = shards.shards.paths
+    with serving(paths[0].parent) as server:
+        urls = [f"{server.url}/{path.name}" for path in paths]
+        store = RemoteShards("far", urls, tmp_path_factory.mktemp("cache"), 100_000, 38)
+        yield ShardDataset("far", store, SampleMaker(Noise(), str), lanes=4, window=4)
+
+
+@pytest.fixture(params=["map", "concatenated", "mixed", "shards", "mixed with shards", "all mixed"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
-def build(kind: str, shards: ShardDataset) -> Loaders:
+def build(kind: str, shards: ShardDataset, fetched: ShardDataset) -> Loaders:
     one, two = Toy("one", 19, broken={3}), Toy("two", 22)
     ratios: dict[str, float | None] = {}
     datasets: dict[str, Any] = {
@@ -131,8 +144,9 @@ def build(kind: str, shards: ShardDataset) -> Loaders:
         "mixed": {"one": one, "two": two},
         "shards": {"web": shards},
         "mixed with shards": {"one": one, "two": two, "web": shards},
+        "all mixed": {"one": one, "web": shards, "far": fetched},
     }[kind]
-    if kind.startswith("mixed"):
+    if "mixed" in kind:
         ratios = dict(zip(datasets, (1.0, 2.0, 1.5), strict=False))
 
     def make(world: int = 1, rank: int = 0, **options: Any) -> TrainLoader:
@@ -182,6 +196,36 @@ def test_batches_do_not_depend_on_the_number_of_ranks(build: Loaders, world: int
 @pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 2)])
 def test_batches_do_not_depend_on_the_number_of_workers(build: Loaders, world: int, workers: int) -> None:
     assert_same(gathered(build, world, 14, num_workers=workers), gathered(build, world, 14))
+
+
+def test_fetched_shards_give_the_batches_of_the_files(shards: ShardDataset, fetched: ShardDataset) -> None:
+    ours, theirs = (
+        TrainLoader({"web": ShardDataset("web", data.shards, data.maker, 4, 4)}, LoaderConfig(4, seed=7))
+        for data in (shards, fetched)
+    )
+    found = take(theirs, 30)
+    assert_same(found, take(ours, 30))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_it_took_to_make_batches_is_told_once(
+    fetched: ShardDataset, tmp_path: Path, workers: int
+) -> None:
+    store = fetched.shards
+    assert isinstance(store, RemoteShards)
+    fresh = RemoteShards("far", store.urls, tmp_path, 10**9, 38)
+    data = ShardDataset("far", fresh, fetched.maker, lanes=4, window=4)
+    loader = TrainLoader({"far": data}, LoaderConfig(4, num_workers=workers))
+    take(loader, 20)
+    busy, waited, size = loader.take_traffic()
+    assert busy >= waited > 0
+    assert size == sum(path.stat().st_size for path in tmp_path.rglob("*.tar"))
+    assert loader.num_workers == max(1, workers)
+    assert loader.take_traffic() == (0.0, 0.0, 0)
+    plain = TrainLoader({"one": Toy("one", 19)}, LoaderConfig(4, num_workers=workers))
+    take(plain, 3)
+    busy, waited, size = plain.take_traffic()
+    assert (busy > 0, waited, size) == (True, 0.0, 0)
 
 
 @pytest.mark.parametrize("accum", [1, 3])

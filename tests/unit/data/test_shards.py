@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blip.data.samples import BadRecord, SampleMaker
 from blip.data.shards import Lane, ShardDataset, num_lanes
+from blip.data.stores import LocalShards
 from blip.data.tars import Ref, expand, find_shards, scan
 from blip.errors import ConfigError, DataError
 
@@ -263,7 +264,7 @@ def test_a_position_in_shards_that_have_shrunk_is_an_error(tmp_path: Path) -> No
     shards = dataset(tmp_path, numbered([6]), window=4)
     lane = Lane(shards, 1, 0, 1, START)
     captions(lane, 3)
-    write(shards.paths[0], pairs(0, 2))
+    write(tmp_path / "000.tar", pairs(0, 2))
     with pytest.raises(DataError, match=r"datasets\.web: its shards hold other samples"):
         Lane(shards, 1, 0, 1, lane.position).next()
 
@@ -385,7 +386,7 @@ def test_a_table_of_sizes_is_believed_and_what_it_lacks_is_counted(tmp_path: Pat
 def test_many_samples_are_estimated_by_file_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("blip.data.shards._MAX_COUNTED", 25)
+    monkeypatch.setattr(LocalShards, "most_counted", 25)
     shards = dataset(tmp_path, numbered([10] * 8))
     with caplog.at_level(logging.WARNING):
         assert shards.num_samples == 80

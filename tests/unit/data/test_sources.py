@@ -175,9 +175,9 @@ def test_shards_are_found_and_read(root: Path, pattern: str) -> None:
     config = section(path=pattern, columns={"caption": "TEXT"}, window=1, lanes=1, prompt="say ")
     dataset = build_dataset("mine", config, "train", root)
     assert isinstance(dataset, ShardDataset)
-    assert ([path.name for path in dataset.paths], dataset.num_samples) == (["p0.tar", "p1.tar"], 3)
+    assert (dataset.labels, dataset.num_samples) == (["p0.tar", "p1.tar"], 3)
     ref = next(iter(dataset.scan(1)))
-    with dataset.paths[1].open("rb") as file:
+    with dataset.shards.open(1) as file:
         sample = dataset.sample(ref, file, 0, 0)  # type: ignore[arg-type]
     assert sample["text_input"] == "say picture c"
 
