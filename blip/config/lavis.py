@@ -80,6 +80,21 @@ REFUSED_PROCESSORS = {
     "gpt_dialogue": "serves video dialogue, which is no part of the BLIP family",
     "ulip_pc": "reads point clouds, and this library reads pictures and videos only",
 }
+_SOUND = "has sound, which no model here hears"
+_POINTS = "has point clouds, which no model here sees"
+_CLIPS = "is a set of videos that no paper of the BLIP family uses"
+REFUSED_DATASETS = {
+    **dict.fromkeys(("audiocaps", "audioset", "clotho", "esc50", "music_avqa", "valor", "wavcaps"), _SOUND),
+    **dict.fromkeys(("avsd", "yt8m"), "serves video dialogue, which is no part of the BLIP family"),
+    **dict.fromkeys(("modelnet40", "objaverse", "shapenet"), _POINTS),
+    **dict.fromkeys(("audio_video", "image_pc"), "compares sound or point clouds, which no model here knows"),
+    **dict.fromkeys(("charade", "coin", "violin", "vlep", "webvid2m", "youcook"), _CLIPS),
+    "blip_diffusion": "serves BLIP-Diffusion, which makes pictures",
+    "imagenet": "serves CLIP's zero-shot classification, which no paper of the BLIP family reports",
+    "coyo": "is a web set without a row here",
+    "sherlock": "is a set of regions that no paper of the BLIP family uses",
+}
+"""Start of the names of LAVIS's datasets that the catalogue does without -> the reason."""
 REFUSED_TASKS = {"dialogue": "video dialogue is no part of the BLIP family"}
 
 LAUNCH_KEYS = ("dist_url", "world_size", "distributed", "runner")
@@ -184,6 +199,15 @@ def _model(result: Translation, model: dict[str, Any], keys: Collection[str]) ->
     if isinstance(arch, str) and isinstance(model_type, str) and (arch, model_type) in MODEL_TYPES:
         model["model_type"] = MODEL_TYPES[arch, model_type]
         result.note("model.model_type", f"{model_type} is called {model['model_type']} in LAVIS's model zoo")
+
+
+def refused_dataset(name: str) -> str:
+    """Why one of LAVIS's datasets is not in the catalogue; empty where it is none of them."""
+    for start, reason in REFUSED_DATASETS.items():
+        if name == start or name.startswith(f"{start}_"):
+            own = f"to read files of your own under this name, give datasets.{name}.path"
+            return f"LAVIS's {name} {reason}; {own}"
+    return ""
 
 
 def _datasets(result: Translation, datasets: dict[str, Any], _: Collection[str]) -> None:

@@ -342,7 +342,8 @@ class _Loader:
         located = tree.get("path") is not None or "build_info" in tree
         if self.known_datasets is not None and name not in self.known_datasets and not located:
             others = [*self.known_datasets, *(known for known in self._dataset_names() if known != name)]
-            self.problem(path, f"has no path and is not in the catalogue{hint(name, others)}")
+            reason = lavis.refused_dataset(name)
+            self.problem(path, reason or f"has no path and is not in the catalogue{hint(name, others)}")
         dataset = self.build(DatasetConfig, path)
         if dataset is None:
             return None

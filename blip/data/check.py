@@ -140,7 +140,8 @@ def check_split(
         if kind == "instruct":
             maker = InstructMaker(*parts, answered=True if split == "train" else None)
         elif kind == "vqa":
-            maker = QuestionMaker(*parts, answered=True if split == "train" else None)
+            chosen = {"choices", "correct_choice"} <= set(records.columns)  # which may stand for answers
+            maker = QuestionMaker(*parts, answered=True if split == "train" and not chosen else None)
         elif kind == "nlvr":
             maker = PairMaker(*parts, classes=classes)
         elif kind == "classification":

@@ -53,7 +53,9 @@ class Source:
     types: list[str] = field(default_factory=list)
     """Types of the records to read; empty: all."""
     within: str = ""
-    """What the records of the split have in the column `split` of a file of several; empty: all are its."""
+    """What the records of the split have in a column of a file of several; empty: all are its."""
+    within_column: str = "split"
+    """That column."""
     templates: str = ""
     """List of instructions where the section names none; empty: that of the kind."""
     measure: str = ""
@@ -155,7 +157,7 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
         source.classes = source.classes or row.classes
         source.judged = root / row.judged[split] if split in row.judged else None
         source.templates = row.templates
-        source.within = row.within.get(split, "")
+        source.within, source.within_column = row.within.get(split, ""), row.within_column
     _add_evaluation_files(source, name, config, split, root, row)
     _add_words_read(source, name, config, split, root, row)
     return source
@@ -239,7 +241,7 @@ def _splits(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
     else:
         found = _build_info(name, config, root)
         if not found and name in CATALOG:
-            found = dict(CATALOG[name].splits)
+            found = _of_catalogue(CATALOG[name], root)
     if not found:
         raise DataError(
             f"datasets.{name}: not in the catalogue and without a path; give datasets.{name}.path, or a name"
@@ -248,6 +250,14 @@ def _splits(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
     if config.split is None:
         return found
     return {split: value for split, value in found.items() if split == config.split}
+
+
+def _of_catalogue(row: Row, root: Path) -> dict[str, Any]:
+    """The files of a row, or the shards that its pictures were downloaded into."""
+    listed = any((root / text).is_file() for text in row.files)
+    if row.downloaded and not listed and any(root.glob(row.downloaded)):
+        return dict.fromkeys(row.splits, row.downloaded)
+    return dict(row.splits)
 
 
 def _inside(folder: Path, layout: str) -> dict[str, str]:

@@ -7,9 +7,10 @@ A reader yields one dictionary per record. What one record spoils costs that rec
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -70,14 +71,16 @@ def detect(path: Path) -> str:
 
 def _is_jsonl(path: Path) -> bool:
     """Whether a file is one object per line although it is called `.json`."""
-    with _open(path) as file:
+    with open_text(path) as file:
         lines = [line.strip() for line in (file.readline(_CHUNK), file.readline(_CHUNK))]
     return all(line.startswith("{") and line.endswith("}") for line in lines)
 
 
-def _open(path: Path) -> TextIO:
+def open_text(path: Path) -> TextIO:
+    """A text file, or one that `gzip` has packed, whatever bytes it holds."""
     # A byte that is not UTF-8 spoils its own caption (which becomes bad_text), not the whole file.
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    return gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how)
 
 
 def read_json(path: Path) -> Iterator[Record]:
@@ -86,7 +89,7 @@ def read_json(path: Path) -> Iterator[Record]:
     A dialog of VisDial gives one record per turn, and a record with `questions` and as many `answers`, as
     OCR-VQA has them, one per question.
     """
-    with _open(path) as file:
+    with open_text(path) as file:
         stream = _JsonStream(file, path)
         if stream.peek() == "[":
             for item in stream.items():
@@ -266,7 +269,7 @@ class _JsonStream:
 
 def read_jsonl(path: Path) -> Iterator[Record]:
     """One JSON object per line; blank lines are skipped."""
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -282,16 +285,22 @@ def read_jsonl(path: Path) -> Iterator[Record]:
             )
 
 
-def read_table(path: Path, delimiter: str) -> Iterator[Record]:
-    """Rows of a CSV or TSV file with a header line."""
+def read_table(path: Path, delimiter: str, columns: Sequence[str] = ()) -> Iterator[Record]:
+    """Rows of a CSV or TSV file.
+
+    Args:
+        path: to read.
+        delimiter: between two fields.
+        columns: names of the fields; none: the first line has them.
+    """
     csv.field_size_limit(_CHUNK)
-    with _open(path) as file:
+    with open_text(path) as file:
         # Tab-separated web data has quotation marks that open and never close; only CSV is quoted.
         if delimiter == "\t":
             rows = csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
         else:
             rows = csv.reader(file, delimiter=delimiter)
-        header: list[str] | None = None
+        header: list[str] | None = list(columns) or None
         while True:
             try:
                 row = next(rows)

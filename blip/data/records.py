@@ -241,18 +241,18 @@ class ById:
 
 
 def within_split(
-    records: PackedRecords | HfRecords | SomeRecords, split: str, name: str, limit: int | None = None
+    records: PackedRecords | HfRecords | SomeRecords,
+    split: str,
+    name: str,
+    limit: int | None = None,
+    column: str = "split",
 ) -> SomeRecords:
-    """The records of one split of a file that holds several, by its column `split`.
-
-    Other arguments are those of `of_types`.
-
-    Raises:
-        DataError: there is none.
-    """
-    numbers = [number for number, record in enumerate(records) if str(record.get("split")) == split]
+    """The records of one split of a file that holds several, by a column of it; see `of_types`."""
+    numbers = [number for number, record in enumerate(records) if str(record.get(column)) == split]
     if not numbers:
-        raise DataError(f"datasets.{name}: no record has split {split!r}; take the file as it was published")
+        raise DataError(
+            f"datasets.{name}: no record has {column} {split!r}; take the file as it was published"
+        )
     return SomeRecords(records, numbers[:limit])
 
 

@@ -51,6 +51,7 @@ class Defaults:
     prompt: str = ""
     """What captions to train on begin with."""
 
+
 Records = PackedRecords | HfRecords | SomeRecords
 Data = PairDataset | ShardDataset | EvalPairs | EvalCaptions | EvalQuestions | EvalLabels | EvalInstructions
 
@@ -277,7 +278,9 @@ def read_source(name: str, source: Source, limit: int | None = None, wanted: str
         source.paths, source.layout, source.columns, source.roots, name, own, required, source.suffix
     )
     if source.within:
-        records = within_split(records, source.within, name, None if source.types else limit)
+        records = within_split(
+            records, source.within, name, None if source.types else limit, source.within_column
+        )
     return of_types(records, source.types, name, limit) if source.types else records
 
 

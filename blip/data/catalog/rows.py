@@ -2,7 +2,79 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+BLIP = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
+LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/datasets/"
+LISTS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/datasets/"
+INSTRUCTED = "https://storage.googleapis.com/sfr-xinstructblip-data-research/data/"
+COCO = "http://images.cocodataset.org/zips/"
+VQA = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/"
+"""Where BLIP's, LAVIS's and the benchmarks' own files lie."""
+
+COCO_LICENCE = "annotations CC BY 4.0; pictures under the terms of their Flickr owners"
+FLICKR_LICENCE = "research only, to be requested; pictures under the terms of their Flickr owners"
+WEB_LICENCE = "list free to use; each picture under the terms of the site that shows it"
+
+
+RENAMED = "renamed"
+"""Format of official files that are ours but for their names."""
+
+
+class Size(NamedTuple):
+    """How large a split is; 0: not known."""
+
+    records: int
+    """Texts: captions, questions, sentences or conversations."""
+    pictures: int = 0
+    """Different pictures or videos."""
+
+
+class Official(NamedTuple):
+    """Files of a benchmark's own authors that become one of ours."""
+
+    makes: str
+    """Path of ours below the data root."""
+    format: str
+    """A key of `blip.data.official.formats.FORMATS`, or of its `DOCUMENTS`; or `renamed`."""
+    files: tuple[str, ...]
+    """Names of all that it takes; where a file has several names, with `|` between them."""
+    options: Mapping[str, str] = MappingProxyType({})
+    """What the format has to be told."""
+
+
+class Archive(NamedTuple):
+    """A zip or tar file that is unpacked below the data root."""
+
+    names: str
+    """Its name; where it has several, with `|` between them."""
+    to: str
+    """Folder below the data root that it is unpacked in."""
+    holds: str
+    """Pattern that members start with, by which archives of equal names are told apart; empty: all."""
+    check: str = ""
+    """`md5:...` or `sha256:...` of the file, where known."""
+
+    @property
+    def folder(self) -> str:
+        """What is there below the data root once it is unpacked; empty where that cannot be told."""
+        first = re.match(r"[\w./-]*/", self.holds)
+        return f"{self.to}/{first[0]}" if first else ""
+
+
+class UrlList(NamedTuple):
+    """Lists of the addresses of pictures, which become webdataset shards."""
+
+    files: tuple[str, ...]
+    """Names of the lists, all of which are taken; where one has several, with `|` between them."""
+    shards: str
+    """Folder of the shards below the data root."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns, where the list has no header."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +115,36 @@ class Row:
     """Split -> file of words read in the pictures, as `datasets.NAME.ocr_file`."""
     within: dict[str, str] = field(default_factory=dict)
     """Split -> what its records have in the column `split`, where one file holds several."""
+    within_column: str = "split"
+    """The column that `within` speaks of."""
     same_as: str = ""
     """The dataset whose files these are, under another name of LAVIS's."""
+    group: str = ""
+    """What the task is: InstructBLIP's groups (figure 2 of the paper), and some beside them."""
+    held: Literal["in", "out", ""] = ""
+    """Whether InstructBLIP trains on it or only evaluates; empty: it does neither."""
+    licence: str = ""
+    """Under what terms it may be used, in short; the set's own page decides."""
+    sizes: dict[str, Size] = field(default_factory=dict)
+    """Split -> how large it is as published."""
+    takes: tuple[Official, ...] = ()
+    """What `prepare` makes our files of, beside those that already are as we read them."""
+    archives: tuple[Archive, ...] = ()
+    """Pictures, and packed annotations, that `prepare` unpacks."""
+    remote: dict[str, str] = field(default_factory=dict)
+    """Name of a file or archive -> its address, for `prepare --fetch`."""
+    urls: UrlList | None = None
+    """The list of addresses that the pictures are downloaded by."""
+
+    @property
+    def downloaded(self) -> str:
+        """Pattern of the shards that stand for the files, once pictures are downloaded by their addresses."""
+        return f"{self.urls.shards}/*.tar" if self.urls is not None else ""
+
+    @property
+    def layout(self) -> str:
+        """Layout of the files: that of `format`, else what their names tell."""
+        return self.format if self.format != "auto" else self.files[0].rpartition(".")[2]
 
     @property
     def embedded(self) -> bool:
@@ -74,40 +174,110 @@ CLIPS = (
 )
 
 
-def web(folder: str, file: str, images: str, about: str) -> Row:
+def sizes(*counts: int | tuple[int, int], splits: tuple[str, ...] = ALL) -> dict[str, Size]:
+    """Sizes of `splits` in order, each the records, or (records, pictures)."""
+    some = zip(splits, counts, strict=False)
+    return {split: Size(*count) if isinstance(count, tuple) else Size(count) for split, count in some}
+
+
+def remote(base: str, *names: str) -> dict[str, str]:
+    """Name -> address of files that lie in one place; `place/name` for those in a folder of it."""
+    return {name.rpartition("/")[2]: base + name for name in names}
+
+
+def web(
+    folder: str, file: str, images: str, about: str, size: Size, urls: UrlList, licence: str = WEB_LICENCE
+) -> Row:
     """Pictures of the web with a caption each."""
     return Row(
         kind="caption",
         splits={"train": f"{folder}/annotations/{file}.json"},
         images=f"{folder}/{images}",
         about=about,
-        pictures="the pictures behind the set's URL list, downloaded by you (img2dataset, for example)",
-        annotations=f"{file}.json: a list of {{image, caption}} of the pictures that you could download",
+        pictures=f"the pictures behind the set's list of addresses: 'prepare --fetch' downloads them into"
+        f" shards below {urls.shards}, which are read in place of {file}.json",
+        annotations=f"{file}.json: a list of {{image, caption}} of the pictures that you could download; or"
+        f" the set's own list ({' and '.join(urls.files).replace('|', ' or ')}) with --fetch",
+        licence=licence,
+        sizes={"train": size},
+        urls=urls,
     )
 
 
-def video_qa(name: str, ending: str, counts: str) -> Row:
+def lists(name: str, about: str, size: int) -> Row:
+    """A list of addresses and captions that BLIP's authors released."""
+    return Row(
+        kind="caption",
+        splits={"train": f"capfilt/{name}/*.tar"},
+        format="shards",
+        about=f"CapFilt: {about}; a list of addresses",
+        pictures=f"shards, which 'prepare --fetch' makes of {name}.json",
+        licence=WEB_LICENCE,
+        sizes={"train": Size(size)} if size else {},
+        remote=remote(LISTS, f"{name}.json"),
+        urls=UrlList((f"{name}.json",), f"capfilt/{name}"),
+    )
+
+
+def video_qa(name: str, ending: str, size: dict[str, Size], licence: str) -> Row:
     """A set of questions about video clips, as LAVIS lays it out."""
     folder = name.lower()
+    notes = {f"qa_{split}.json": f"{LAVIS}{folder}/qa_{split}.json" for split in ALL}
+    listed = ("youtube_mapping.txt",) if folder == "msvd" else ()
+    made = {f"{folder}/annotations/qa_{split}.json": (f"{split}_qa.json", *listed) for split in ALL}
+    answers = f"{folder}/annotations/qa_ans2label.json"
     return Row(
         kind="vqa",
         splits={split: f"{folder}/annotations/qa_{split}.json" for split in ALL},
         images=f"{folder}/videos",
-        about=f"{name}-QA: {counts} questions about video clips, one answer each",
+        about=f"{name}-QA: questions about video clips, one answer each",
         pictures=CLIPS.format(name, ending),
-        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json as LAVIS distributes them",
-        answer_list=f"{folder}/annotations/qa_ans2label.json",
+        annotations="qa_train.json, _val.json, _test.json and qa_ans2label.json (train_ans2label.json) as"
+        " LAVIS"
+        f" distributes them; or {name}-QA's own train_qa.json, val_qa.json, test_qa.json"
+        + (" and youtube_mapping.txt" if listed else ""),
+        answer_list=answers,
+        licence=licence,
+        sizes=size,
+        takes=(
+            *(Official(target, "video_qa", files, {"ending": ending}) for target, files in made.items()),
+            Official(answers, RENAMED, ("train_ans2label.json",)),
+            Official(answers, "answer_numbers", ("train_qa.json",)),
+        ),
+        archives=(
+            Archive("YouTubeClips.tar" if listed else "MSRVTT.zip|MSRVTT_Videos.zip", f"{folder}/videos", ""),
+        ),
+        remote={**notes, "train_ans2label.json": f"{LAVIS}{folder}/train_ans2label.json"},
     )
 
 
-def video_captions(name: str, ending: str, counts: str) -> Row:
+def video_captions(name: str, ending: str, size: dict[str, Size], licence: str) -> Row:
     """Video clips with captions, as LAVIS lays them out."""
     folder = name.lower()
     return Row(
         kind="caption",
         splits={split: f"{folder}/annotations/cap_{split}.json" for split in ALL},
         images=f"{folder}/videos",
-        about=f"{name}: {counts} video clips with captions",
+        about=f"{name}: video clips with captions",
         pictures=CLIPS.format(name, ending),
         annotations="cap_train.json, _val.json and _test.json as LAVIS distributes them",
+        licence=licence,
+        sizes=size,
+        remote=remote(f"{LAVIS}{folder}/", *(f"cap_{split}.json" for split in ALL)),
+    )
+
+
+def video_retrieval(name: str, ending: str, size: dict[str, Size], licence: str) -> Row:
+    """Video clips to be found by texts, as LAVIS lays them out."""
+    folder = name.lower()
+    return Row(
+        kind="retrieval",
+        splits={split: f"{folder}/annotations/retrieval_{split}.json" for split in ALL},
+        images=f"{folder}/videos",
+        about=f"{name}: video clips and the texts that find them",
+        pictures=CLIPS.format(name, ending),
+        annotations="retrieval_train.json, _val.json, _test.json as LAVIS distributes them",
+        licence=licence,
+        sizes=size,
+        remote=remote(f"{LAVIS}{folder}/", *(f"retrieval_{split}.json" for split in ALL)),
     )

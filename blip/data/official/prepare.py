@@ -1,33 +1,43 @@
-"""Official files -> our layout: says what is wanted and where, validates what is there, makes paths relative.
+"""Official files -> our layout: says what is wanted and where, unpacks, converts, validates, adapts paths.
 
-Nothing is downloaded and no archive is unpacked; both are left to the user, who is told which.
+Files are taken as BLIP and LAVIS distribute them, or as their own authors do (`official.formats`). Nothing is
+downloaded unless that is asked for.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from blip.atomic import write_file, write_text
 from blip.data.catalog import table as catalog
-from blip.data.catalog.table import Row
-from blip.data.readers import detect, read_file
+from blip.data.catalog.rows import RENAMED, Official, Row
+from blip.data.official.archives import holds, unpack
+from blip.data.official.fetch import Web, fetch
+from blip.data.official.formats import DOCUMENTS, FORMATS, document_of, records_of
+from blip.data.official.pack import Packing, of_web, pack
+from blip.data.official.paths import Downloads, PathMapper
+from blip.data.official.urls import read_urls
+from blip.data.readers import Record, detect, read_file
 from blip.data.samples import MALFORMED, BadRecord
 from blip.data.shards import SIZES_FILE
 from blip.data.tars import find_shards, scan
-from blip.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from blip.errors import DataError, UsageError
 
 PROBES = 500
 """Records per annotation file whose picture is looked for, evenly spread."""
+DOWNLOADS = "downloads"
+"""Folder below the data root of what was fetched, or unpacked from archives of annotations."""
+MOST_BYTES = 1 << 25
+"""Of a picture of the web: 32 MiB."""
 
-_TRIES = 20
 _TEXTS = {
     "caption": "captions",
     "question": "questions",
@@ -48,65 +58,271 @@ class Outcome:
     """What the user has to bring, with its place."""
 
 
-def prepare(name: str, root: Path, downloads: Path | None = None) -> Outcome:
+def prepare(name: str, root: Path, downloads: Path | None = None, web: Web | None = None) -> Outcome:
     """Bring the files of a named dataset into place, as far as they are at hand.
 
     Args:
         name: in the catalogue.
         root: the data root.
-        downloads: folder with the official annotation files under their own names; None: already in place.
+        downloads: folder with the official files under their own names, or in subfolders; None: in place.
+        web: what fetches files whose addresses the catalogue has; None: nothing is fetched.
 
     Returns:
         What was done and what is missing.
 
     Raises:
-        UsageError: an embedded dataset, or no such folder.
-        DataError: unknown name, or an annotation file that is damaged.
+        UsageError: an embedded dataset, no such folder, or files of one name in it.
+        DataError: unknown name, or a file that is damaged or cannot be fetched.
     """
     row = catalog.row(name)
     if row.embedded:
         raise UsageError(f"{name} is embedded and needs no files: run 'blip data make scenes'")
     if downloads is not None and not downloads.is_dir():
         raise UsageError(f"--from {downloads}: no such folder; give the one that holds the downloaded files")
-    outcome = Outcome()
-    if row.format == "shards":
-        _prepare_shards(row, root, outcome)
+    return _Preparation(row, root, downloads, web).run()
+
+
+class _Preparation:
+    """One dataset on its way into place."""
+
+    def __init__(self, row: Row, root: Path, downloads: Path | None, web: Web | None) -> None:
+        self.row, self.root, self.web = row, root, web
+        self.set_name = row.files[0].split("/")[0]
+        self.fetched = root / DOWNLOADS / self.set_name
+        self.folders = [folder for folder in (downloads, self.fetched) if folder is not None]
+        self.files = self._search()
+        self.outcome = Outcome()
+
+    def _search(self) -> Downloads:
+        return Downloads([folder for folder in self.folders if folder.is_dir()], self.set_name)
+
+    def run(self) -> Outcome:
+        """Fetch, unpack, and bring each file into place."""
+        row, outcome = self.row, self.outcome
+        self._unpack()
+        if self.web is not None:
+            self._fetch()
+            self._unpack()
+        packed = row.urls is not None and self._pack()
+        if row.format == "shards" or packed:
+            _prepare_shards(self._patterns(), row, self.root, outcome)
+            return outcome
+        images = self.root / row.images
+        column = row.columns.get("image", "image")
+        mapper = PathMapper(images, row.suffix, column) if images.is_dir() else None
+        if mapper is None:
+            outcome.missing.append(f"{images}{os.sep}: {row.pictures}")
+        absent: list[str] = []
+        for target, splits in self._targets().items():
+            if self._bring(target, splits, mapper, column):
+                absent.append(str(self.root / target))
+        for target in self._more():
+            self._bring(target, Path(target).stem, mapper, column)
+        for target in self._documents():
+            if self._bring_document(target) and target in row.others:
+                absent.append(str(self.root / target))
+        if absent:
+            outcome.missing.append(f"{', '.join(absent)}: {row.annotations}")
         return outcome
-    images = root / row.images
-    column = row.columns.get("image", "image")
-    mapper = PathMapper(images, row.suffix, column) if images.is_dir() else None
-    if mapper is None:
-        outcome.missing.append(f"{images}{os.sep}: {row.pictures}")
-    absent: list[str] = []
-    files: dict[Path, list[str]] = {}
-    for split in row.splits:
-        for target in (root / text for text in row.of(split)):
-            files.setdefault(target, []).append(split)
-    for target, splits in files.items():
-        official = _find(target, downloads)
-        if official is None:
-            absent.append(str(target))
-        else:
-            held = " and ".join(splits)  # a file may hold several
-            outcome.lines += _prepare_file(held, official, target, mapper, column, outcome.missing)
-    for target in (root / text for text in row.others):
-        official = _find(target, downloads)
-        if official is None:
-            absent.append(str(target))
-        elif official != target:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(official, target)
-            outcome.lines.append(f"copied {official} to {target}")
-    if absent:
-        outcome.missing.append(f"{', '.join(absent)}: {row.annotations}")
-    return outcome
+
+    def _patterns(self) -> list[str]:
+        return self.row.files if self.row.format == "shards" else [self.row.downloaded]
+
+    def _targets(self) -> dict[str, str]:
+        """File of ours -> its splits, in words: one may hold several."""
+        files: dict[str, list[str]] = {}
+        for split in self.row.splits:
+            for target in self.row.of(split):
+                files.setdefault(target, []).append(split)
+        return {target: " and ".join(splits) for target, splits in files.items()}
+
+    def _more(self) -> list[str]:
+        """Files of records that only variants of the set read, where they can be had."""
+        made = [official.makes for official in self.row.takes if official.format in FORMATS]
+        return [
+            target for target in dict.fromkeys(made) if target not in self._targets() and self._found(target)
+        ]
+
+    def _documents(self) -> list[str]:
+        """Files that are no lists of records: those that are read, and those that others like to have."""
+        made = [official.makes for official in self.row.takes if official.format in DOCUMENTS]
+        return list(dict.fromkeys([*self.row.others, *made]))
+
+    def _found(self, target: str) -> Path | None:
+        """The file itself: downloaded, under the set's name for it, or with that in front; or in place."""
+        place = Path(target)
+        renamed = [one.files[0] for one in self.row.takes if (one.makes, one.format) == (target, RENAMED)]
+        # The plain name is the last one: other sets, too, have an answer_list.json.
+        found = self.files.one(f"{place.parent.parent.name}_{place.name}", *renamed, place.name)
+        return found or (self.root / target if (self.root / target).is_file() else None)
+
+    def _sources(self, target: str) -> tuple[Official, list[Path]] | None:
+        """The official files that a target can be made of, where all are there."""
+        for official in self.row.takes:
+            if official.makes != target or official.format == RENAMED:
+                continue
+            own = self.root / target
+            paths = [
+                self.files.one(names) or (own if own.name == names and own.is_file() else None)
+                for names in official.files
+            ]
+            if all(paths):
+                return official, [path for path in paths if path is not None]
+        return None
+
+    def _bring(self, target: str, split: str, mapper: PathMapper | None, column: str) -> bool:
+        """Bring one file of records into place; True: it is missing."""
+        place, found = self.root / target, self._found(target)
+        made = self._sources(target) if found is None or not _is_ours(found, column) else None
+        if made is not None:
+            official, paths = made
+            moved = _write(records_of(official, paths), place, mapper)
+            names = " and ".join(str(path) for path in paths)
+            self.outcome.lines.append(
+                f"{split}: made of {names}" + (f", {moved} image paths adapted" if moved else "")
+            )
+            found = place
+        if found is None:
+            return True
+        self.outcome.lines += _prepare_file(split, found, place, mapper, column, self.outcome.missing)
+        return False
+
+    def _bring_document(self, target: str) -> bool:
+        place, found = self.root / target, self._found(target)
+        if found is None and (made := self._sources(target)):
+            official, paths = made
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_text(place, json.dumps(document_of(official, paths)) + "\n")
+            self.outcome.lines.append(f"made {place} of {' and '.join(str(path) for path in paths)}")
+            return False
+        if found is None:
+            return True
+        if found != place:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_file(place, lambda partial: _copy(found, partial))
+            self.outcome.lines.append(f"copied {found} to {place}")
+        return False
+
+    def _unpack(self) -> None:
+        """Unpack the archives that are at hand, and look through what has come."""
+        notes: list[Path] = []
+        for archive in self.row.archives:
+            for path in self.files.every(archive.names):
+                if not holds(path, archive.holds):
+                    continue
+                print(f"unpacking {path} into {self.root / archive.to}", flush=True)
+                done = unpack(path, self.root / archive.to)
+                notes += done.notes
+                if done.written or done.refused:
+                    self.outcome.lines.append(f"{path} into {self.root / archive.to}: {done.line()}")
+        self.files = self._search()
+        self.files.add(notes)  # some archives have annotations among their pictures
+
+    def _fetch(self) -> None:
+        """Fetch what is neither in place nor at hand, and has an address."""
+        assert self.web is not None
+        checks = {name: archive.check for archive in self.row.archives for name in archive.names.split("|")}
+        for name in self._wanted():
+            if name in self.row.remote:
+                fetch(self.row.remote[name], self.fetched / name, self.web, checks.get(name, ""), tell=print)
+                self.outcome.lines.append(f"fetched {self.fetched / name}")
+        self.files = self._search()
+
+    def _wanted(self) -> Iterator[str]:
+        """Names of the files and archives that would complete the set."""
+        row = self.row
+        for target in [*self._targets(), *row.others]:
+            place = Path(target)
+            made = [official for official in row.takes if official.makes == target]
+            if self._found(target) or self._sources(target) or row.format == "shards":
+                continue
+            names = [f"{place.parent.parent.name}_{place.name}", place.name]
+            names += [official.files[0] for official in made if len(official.files) == 1]
+            packed = [a.names for a in row.archives if place.suffix and a.to.startswith(DOWNLOADS)]
+            known = next((name for name in names if name in row.remote), None)
+            yield from [known] if known else [name for name in packed if name in row.remote]
+        if row.urls is not None:
+            absent = [some for some in row.urls.files if not self.files.one(some)]
+            yield from (name for some in absent for name in some.split("|"))
+        for archive in (a for a in row.archives if not a.to.startswith(DOWNLOADS)):
+            there = (self.root / archive.folder).is_dir()
+            if archive.folder and not there and not any(self.files.every(archive.names)):
+                yield from archive.names.split("|")
+
+    def _pack(self) -> bool:
+        """Download the pictures of a list of addresses into shards; whether there are such shards."""
+        urls = self.row.urls
+        assert urls is not None
+        folder = self.root / urls.shards
+        paths = list(dict.fromkeys(self.files.one(names) for names in urls.files))
+        have = [path for path in paths if path is not None]
+        in_place = all((self.root / target).is_file() for target in self._targets())
+        if len(have) == len(paths) and self.web is not None and not in_place:
+            records = read_urls(have, columns=urls.columns)
+            print(f"{folder}: downloading the pictures of {' and '.join(map(str, have))}", flush=True)
+            source = ", ".join(f"{path.name} of {path.stat().st_size} bytes" for path in have)
+            done = pack(of_web(records, self.web, MOST_BYTES), folder, Packing(), source, print)
+            self.outcome.lines.append(f"{folder}: {done.line()}")
+        return any(folder.glob("*.tar")) and not in_place
 
 
-def _find(target: Path, downloads: Path | None) -> Path | None:
-    """The file to take: in `downloads`, perhaps with the set's name in front; else the one in place."""
-    names = (f"{target.parent.parent.name}_{target.name}", target.name)
-    found = [downloads / n for n in names if (downloads / n).is_file()] if downloads else []
-    return found[0] if found else target if target.is_file() else None
+def _is_ours(path: Path, column: str) -> bool:
+    """Whether the first good record of a file names a picture or video, as BLIP's and LAVIS's files do."""
+    for record in read_file(path, detect(path)):
+        if MALFORMED not in record:
+            return any(key in record for key in (column, "image", "images", "video", "img"))
+    return True  # it is read, and told to be empty
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _write(records: Iterable[Record], target: Path, mapper: PathMapper | None) -> int:
+    """Write records, one per line, as a list or as JSONL; the number of paths that were adapted.
+
+    What stood at `target` is kept as `.orig`, unless it is the same.
+    """
+    per_line = target.suffix == ".jsonl"
+    moved = 0
+
+    def write(path: Path) -> None:
+        nonlocal moved
+        empty = True
+        with path.open("w", encoding="utf-8") as file:
+            for record in records:
+                record, adapted = _adapted(record, mapper)
+                moved += adapted
+                before = "" if per_line else "[\n" if empty else ",\n"
+                file.write(before + json.dumps(record) + ("\n" if per_line else ""))
+                empty = False
+            if empty:
+                raise DataError(f"{target}: nothing to write; the files that it is made of hold no records")
+            if not per_line:
+                file.write("\n]\n")
+        original = target.with_suffix(target.suffix + ".orig")
+        changed = target.is_file() and not filecmp.cmp(path, target, shallow=False)
+        if changed and not original.exists():
+            shutil.copy2(target, original)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(target, write)
+    return moved
+
+
+def _adapted(record: Record, mapper: PathMapper | None) -> tuple[Record, int]:
+    """A record with paths below our folder of pictures, and how many of them are other ones."""
+    if mapper is None or MALFORMED in record:
+        return record, 0
+    changed = dict(record)
+    if record.get(mapper.column) is not None:
+        changed[mapper.column] = mapper(str(record[mapper.column]))
+    if isinstance(record.get("video"), str):
+        changed["video"] = mapper(record["video"])
+    if isinstance(record.get("images"), list):
+        changed["images"] = [mapper(str(image)) for image in record["images"]]
+    pairs = zip(_images(record, mapper.column), _images(changed, mapper.column), strict=True)
+    return changed, sum(one != other for one, other in pairs)
 
 
 def _prepare_file(
@@ -133,39 +349,11 @@ def _prepare_file(
             f"{target}: {absolute} absolute image paths; run this again when the pictures are there"
         )
     if moved or official != target:
-        _rewrite(official, target, mapper)
+        _write(read_file(official, detect(official)), target, mapper)
         lines.append(f"{split}: wrote {target}" + (f", {moved} image paths adapted" if moved else ""))
     if mapper is not None:
         lines += _probe(split, target, records, mapper, missing)
     return lines
-
-
-def _rewrite(official: Path, target: Path, mapper: PathMapper | None) -> None:
-    """Write records, one per line, as a list or as JSONL; what stood at `target` is kept as `.orig`."""
-    per_line = target.suffix == ".jsonl"
-
-    def lines() -> Iterator[str]:
-        for number, record in enumerate(read_file(official, detect(official))):
-            if mapper is not None and record.get(mapper.column) is not None:
-                record = {**record, mapper.column: mapper(str(record[mapper.column]))}
-            if mapper is not None and isinstance(record.get("video"), str):
-                record = {**record, "video": mapper(record["video"])}
-            if mapper is not None and isinstance(record.get("images"), list):
-                record = {**record, "images": [mapper(image) for image in _images(record, mapper.column)]}
-            before = "" if per_line else "[\n" if number == 0 else ",\n"
-            yield before + json.dumps(record) + ("\n" if per_line else "")
-        if not per_line:
-            yield "\n]\n"
-
-    def write(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(lines())
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    original = target.with_suffix(target.suffix + ".orig")
-    if target.is_file() and not original.exists():
-        shutil.copy2(target, original)
-    write_file(target, write)
 
 
 def _probe(split: str, path: Path, records: int, mapper: PathMapper, missing: list[str]) -> list[str]:
@@ -194,64 +382,9 @@ def _count(texts: Any) -> int:
     return len(texts) if isinstance(texts, list) else 1
 
 
-class PathMapper:
-    """Image paths as an annotation has them -> paths below the folder of pictures.
-
-    A path that exists below the folder stays. Of any other, leading folders are dropped until it exists
-    (`/export/.../VG_100K/1.jpg` -> `VG_100K/1.jpg`); else a picture of that name is looked for in the whole
-    folder; else it stays as it is.
-
-    Args:
-        root: folder of the pictures.
-        suffix: added to names that have none.
-        column: of the annotations that holds the paths.
-    """
-
-    def __init__(self, root: Path, suffix: str = "", column: str = "image") -> None:
-        self.root = root
-        self.suffix = suffix
-        self.column = column
-        self._parents: dict[str, str] = {}
-        self._failures: dict[str, int] = {}
-        self._names: dict[str, str] | None = None
-
-    def __call__(self, image: str) -> str:
-        if self.suffix and not image.lower().endswith(IMAGE_SUFFIXES):
-            image += self.suffix
-        parent, _, name = image.rpartition("/")
-        if parent in self._parents:
-            return str(PurePosixPath(self._parents[parent], name))
-        if self._failures.get(parent, 0) < _TRIES:
-            parts = [part for part in parent.split("/") if part not in ("", ".", "..")]
-            for start in range(len(parts) + 1):
-                folder = "/".join(parts[start:])
-                if self.has(os.path.join(folder, name)):
-                    self._parents[parent] = folder
-                    return str(PurePosixPath(folder, name))
-            self._failures[parent] = self._failures.get(parent, 0) + 1
-        return self._by_name().get(name, image)
-
-    def has(self, image: str) -> bool:
-        """Whether a picture is there; a video file, or the folder of its frames."""
-        place = self.root / image
-        return place.is_file() or (place.suffix.lower() in VIDEO_SUFFIXES and place.with_suffix("").is_dir())
-
-    def _by_name(self) -> dict[str, str]:
-        """Name -> path of every picture or video file whose name occurs once."""
-        if self._names is None:
-            found: dict[str, str | None] = {}
-            for folder, _, names in os.walk(self.root):
-                for name in names:
-                    if name.lower().endswith((*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)):
-                        path = (Path(folder) / name).relative_to(self.root).as_posix()
-                        found[name] = None if name in found else path
-            self._names = {name: path for name, path in found.items() if path is not None}
-        return self._names
-
-
-def _prepare_shards(row: Row, root: Path, outcome: Outcome) -> None:
+def _prepare_shards(patterns: list[str], row: Row, root: Path, outcome: Outcome) -> None:
     """Count the samples of shards, and write the counts beside them, so that no run has to."""
-    (pattern,) = row.files
+    (pattern,) = patterns
     try:
         paths = find_shards(pattern, root)
     except DataError:
@@ -277,6 +410,8 @@ def _prepare_shards(row: Row, root: Path, outcome: Outcome) -> None:
 def wanted(name: str, root: Path) -> list[str]:
     """Files and folders of a named dataset that are not on disk."""
     row = catalog.row(name)
+    if row.downloaded and any(root.glob(row.downloaded)):
+        return []
     places: list[Any] = []
     for text in [*row.files, *row.others]:
         if row.format == "shards":

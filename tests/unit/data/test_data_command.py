@@ -13,7 +13,7 @@ from PIL import Image
 
 from blip.data.__main__ import main
 from blip.data.catalog.table import CATALOG
-from blip.data.official.prepare import PathMapper
+from blip.data.official.paths import PathMapper
 
 Captured = pytest.CaptureFixture[str]
 
@@ -58,7 +58,7 @@ def test_scenes_are_made_listed_and_checked(root: Path, capsys: Captured) -> Non
     assert make(root) == 0
     assert f"{root}/scenes: 12 train, 4 val, 4 test, 8 web images of 16 px" in capsys.readouterr().out
     assert main(["list"]) == 0
-    ready = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " ready " in line]
+    ready = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("ready")]
     kinds = ["scenes_vqa", "scenes_instruct", "scenes_nlvr", "scenes_answers"]
     assert ready == ["scenes", *kinds, "scenes_web", "scenes_shards", "scenes_web_shards"]
     for name, text in (
@@ -81,9 +81,13 @@ def test_the_catalogue_shows_what_of_a_dataset_is_missing(root: Path, capsys: Ca
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in CATALOG)
-    wanted = "coco_karpathy_train.json, coco/annotations/coco_karpathy_test.json, coco/images/"
-    assert f"has val; misses coco/annotations/{wanted}" in out
-    assert "missing 2 of 2 places" in out
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert lines["coco_caption"].endswith("missing 3 of 4 places, has val")
+    assert lines["capfilt14m"].endswith("missing 2 of 2 places")
+    assert main(["list", "coco_caption"]) == 0
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  missing: ")]
+    named = [f"annotations/coco_karpathy_{split}.json" for split in ("train", "test")]
+    assert missing == [f"  missing:      {root}/coco/{place}" for place in (*named, "images")]
 
 
 def own(root: Path, good: int = 6) -> Path:
@@ -240,7 +244,7 @@ def test_prepare_names_every_file_and_its_place(root: Path, capsys: Captured) ->
         assert all(str(root / place) in out for place in [*row.splits.values(), row.images])
         assert row.pictures in out
     assert f"{root}/laion400M/*.tar" in out
-    assert "nothing is downloaded or unpacked here" in out
+    assert "still wanted (nothing is downloaded without --fetch):" in out
 
 
 def test_prepare_makes_foreign_paths_relative(root: Path, tmp_path: Path, capsys: Captured) -> None:
@@ -397,8 +401,8 @@ def test_prepare_brings_lists_pairs_and_official_files(root: Path, tmp_path: Pat
     assert "1 questions in" in capsys.readouterr().out
     assert all((root / file).is_file() for file in (*row.files, *row.others))
     assert main(["list"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ok_vqa "))
-    assert " ready " in line
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  ok_vqa "))
+    assert line.endswith("ready")
 
 
 def test_names_of_pictures_without_suffix_are_completed(root: Path, tmp_path: Path) -> None:

@@ -77,11 +77,13 @@ def test_the_list_of_datasets_says_what_is_held_in(
     monkeypatch.setenv("BLIP_DATA", str(tmp_path))
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = {line.split()[0]: line for line in lines if "[InstructBLIP: " in line}
+    told = {line.split()[0]: line.split()[3] for line in lines if " held " in line}
     assert set(told) == set(instructblip())
-    assert told["visdial"].endswith("[InstructBLIP: visual conversational question answering, held out]")
-    assert Counter(line.split(", held ")[-1] for line in told.values()) == {"in]": 13, "out]": 13}
-    assert not any(line.startswith("coco_caption_instruct") for line in lines)
+    assert (
+        lines[[line.split()[:1] for line in lines].index(["visdial"]) - 1] == f"{MEMBERS['visdial'].group}:"
+    )
+    assert Counter(told.values()) == {"in": 13, "out": 13}
+    assert not any(line.split()[:1] == ["coco_caption_instruct"] for line in lines)
 
 
 def load(recipe: str) -> Any:
