@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip.config.typed import typed_section
 from blip.data.browse import Pairs, open_splits
-from blip.data.sources import make_processor
+from blip.data.makers import make_processor
 from blip.errors import CheckpointError, ConfigError, UsageError, hint
 from blip.formats.hf_config import as_lavis, to_model
 from blip.formats.hf_llm import with_rows, without_image_rows
