@@ -17,12 +17,12 @@ from blip.data.catalog.rows import (
     Row,
     Size,
     UrlList,
+    clips,
     lists,
     remote,
     sizes,
-    video_captions,
-    video_retrieval,
     web,
+    words_read,
 )
 
 COCO_2014 = (
@@ -181,32 +181,10 @@ CAPTIONS: dict[str, Row] = {
     ),
     "textcaps_caption": Row(
         kind="caption",
-        splits={split: f"TextCaps/annotations/TextCaps_0.1_{split}.json" for split in ALL},
-        images="TextCaps/images",
-        columns={"image": "image_id"},
-        suffix=".jpg",
         about="TextCaps: captions that take reading, of pictures of OpenImages",
-        pictures="TextVQA's pictures, train_val_images.zip and test_images.zip",
-        annotations="TextCaps_0.1_train.json, _val.json and _test.json, and TextVQA's words read in the"
-        " pictures, TextVQA_Rosetta_OCR_v0.2_train.json, _val.json and _test.json",
-        licence="CC BY 4.0; pictures of Open Images CC BY 2.0",
         sizes=sizes((109_765, 21_953), (15_830, 3_166), (0, 3_289)),
         templates="ocr_caption",
-        ocr={split: f"textvqa/annotations/TextVQA_Rosetta_OCR_v0.2_{split}.json" for split in ALL},
-        archives=(
-            Archive("train_val_images.zip", "TextCaps/images", "train_images/"),
-            Archive("test_images.zip", "TextCaps/images", "test_images/"),
-        ),
-        remote={
-            **remote(
-                "https://dl.fbaipublicfiles.com/textvqa/data/",
-                *(f"textcaps/TextCaps_0.1_{split}.json" for split in ALL),
-                *(f"TextVQA_Rosetta_OCR_v0.2_{split}.json" for split in ALL),
-            ),
-            **remote(
-                "https://dl.fbaipublicfiles.com/textvqa/images/", "train_val_images.zip", "test_images.zip"
-            ),
-        },
+        **words_read("TextCaps", "TextCaps_0.1_{}.json", "textcaps/"),
     ),
     "conceptual_caption_3m": web(
         "conceptual_caption",
@@ -277,16 +255,24 @@ CAPTIONS: dict[str, Row] = {
         licence=WEB_LICENCE,
         sizes={"train": Size(13_873_136)},
     ),
-    "msrvtt_retrieval": video_retrieval("MSRVTT", "mp4", {"test": Size(1_000, 1_000)}, VIDEO_LICENCE),
-    "didemo_retrieval": video_retrieval(
-        "DiDeMo", "mp4", sizes((0, 8_395), (0, 1_065), (0, 1_004)), VIDEO_LICENCE
+    "msrvtt_retrieval": clips(
+        "retrieval", "retrieval", "MSRVTT", "mp4", {"test": Size(1_000, 1_000)}, VIDEO_LICENCE
     ),
-    "msrvtt_caption": video_captions(
-        "MSRVTT", "mp4", sizes((140_200, 7_010), (9_940, 497), (59_800, 2_990)), VIDEO_LICENCE
+    "didemo_retrieval": clips(
+        *("retrieval", "retrieval", "DiDeMo", "mp4"),
+        sizes((0, 8_395), (0, 1_065), (0, 1_004)),
+        VIDEO_LICENCE,
     ),
-    "msvd_caption": video_captions("MSVD", "avi", sizes((0, 1_200), (0, 100), (0, 670)), VIDEO_LICENCE),
-    "vatex_caption": video_captions(
-        "VATEX", "mp4", sizes((0, 25_991), (0, 3_000), (0, 6_278)), VIDEO_LICENCE
+    "msrvtt_caption": clips(
+        *("caption", "cap", "MSRVTT", "mp4"),
+        sizes((140_200, 7_010), (9_940, 497), (59_800, 2_990)),
+        VIDEO_LICENCE,
+    ),
+    "msvd_caption": clips(
+        "caption", "cap", "MSVD", "avi", sizes((0, 1_200), (0, 100), (0, 670)), VIDEO_LICENCE
+    ),
+    "vatex_caption": clips(
+        "caption", "cap", "VATEX", "mp4", sizes((0, 25_991), (0, 3_000), (0, 6_278)), VIDEO_LICENCE
     ),
 }
 # BLIP-2's name of its web pictures: the list of LAION's with the best captions.

@@ -27,6 +27,7 @@ from blip.data.catalog.rows import (
     remote,
     sizes,
     video_qa,
+    words_read,
 )
 
 _VIZWIZ = "https://vizwiz.cs.colorado.edu/VizWiz_final/"
@@ -263,32 +264,10 @@ QUESTIONS: dict[str, Row] = {
     ),
     "text_vqa": Row(
         kind="vqa",
-        splits={split: f"textvqa/annotations/TextVQA_0.5.1_{split}.json" for split in ALL},
-        images="textvqa/images",
-        columns={"image": "image_id"},
-        suffix=".jpg",
         about="TextVQA: questions that take reading, ten answers each (test without)",
-        pictures="TextVQA's pictures, train_val_images.zip and test_images.zip",
-        annotations="TextVQA_0.5.1_train.json, _val.json and _test.json, and the words read in the pictures,"
-        " TextVQA_Rosetta_OCR_v0.2_train.json, _val.json and _test.json",
-        licence="CC BY 4.0; pictures of Open Images CC BY 2.0",
         sizes=sizes((34_602, 21_953), (5_000, 3_166), (5_734, 3_289)),
         templates="ocr_vqa",
-        ocr={split: f"textvqa/annotations/TextVQA_Rosetta_OCR_v0.2_{split}.json" for split in ALL},
-        archives=(
-            Archive("train_val_images.zip", "textvqa/images", "train_images/"),
-            Archive("test_images.zip", "textvqa/images", "test_images/"),
-        ),
-        remote={
-            **remote(
-                "https://dl.fbaipublicfiles.com/textvqa/data/",
-                *(f"TextVQA_0.5.1_{split}.json" for split in ALL),
-                *(f"TextVQA_Rosetta_OCR_v0.2_{split}.json" for split in ALL),
-            ),
-            **remote(
-                "https://dl.fbaipublicfiles.com/textvqa/images/", "train_val_images.zip", "test_images.zip"
-            ),
-        },
+        **words_read("textvqa", "TextVQA_0.5.1_{}.json", ""),
     ),
     "ocr_vqa": Row(
         kind="vqa",

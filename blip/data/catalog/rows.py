@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 BLIP = "https://storage.googleapis.com/sfr-vision-language-research/datasets/"
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/datasets/"
@@ -251,33 +251,58 @@ def video_qa(name: str, ending: str, size: dict[str, Size], licence: str) -> Row
     )
 
 
-def video_captions(name: str, ending: str, size: dict[str, Size], licence: str) -> Row:
-    """Video clips with captions, as LAVIS lays them out."""
+def clips(kind: str, file: str, name: str, ending: str, size: dict[str, Size], licence: str) -> Row:
+    """Video clips with captions, or with texts that find them, as LAVIS lays them out.
+
+    Args:
+        kind: caption or retrieval.
+        file: start of the names of the annotation files.
+        name: of the set, whose folder is called the same in small letters.
+        ending: of the clips.
+        size: of the splits.
+        licence: a note.
+    """
     folder = name.lower()
+    files = {split: f"{file}_{split}.json" for split in ALL}
     return Row(
-        kind="caption",
-        splits={split: f"{folder}/annotations/cap_{split}.json" for split in ALL},
+        kind=kind,
+        splits={split: f"{folder}/annotations/{named}" for split, named in files.items()},
         images=f"{folder}/videos",
-        about=f"{name}: video clips with captions",
+        about=f"{name}: video clips "
+        + ("with captions" if kind == "caption" else "and the texts that find them"),
         pictures=CLIPS.format(name, ending),
-        annotations="cap_train.json, _val.json and _test.json as LAVIS distributes them",
+        annotations=f"{file}_train.json, _val.json and _test.json as LAVIS distributes them",
         licence=licence,
         sizes=size,
-        remote=remote(f"{LAVIS}{folder}/", *(f"cap_{split}.json" for split in ALL)),
+        remote=remote(f"{LAVIS}{folder}/", *files.values()),
     )
 
 
-def video_retrieval(name: str, ending: str, size: dict[str, Size], licence: str) -> Row:
-    """Video clips to be found by texts, as LAVIS lays them out."""
-    folder = name.lower()
-    return Row(
-        kind="retrieval",
-        splits={split: f"{folder}/annotations/retrieval_{split}.json" for split in ALL},
-        images=f"{folder}/videos",
-        about=f"{name}: video clips and the texts that find them",
-        pictures=CLIPS.format(name, ending),
-        annotations="retrieval_train.json, _val.json, _test.json as LAVIS distributes them",
-        licence=licence,
-        sizes=size,
-        remote=remote(f"{LAVIS}{folder}/", *(f"retrieval_{split}.json" for split in ALL)),
-    )
+def words_read(folder: str, annotations: str, of: str) -> dict[str, Any]:
+    """What TextVQA's and TextCaps's rows have in common: pictures of OpenImages, and the words read in them.
+
+    Args:
+        folder: of the set.
+        annotations: name of its annotation files, with `{}` for the split.
+        of: folder of their addresses.
+    """
+    words = {split: f"TextVQA_Rosetta_OCR_v0.2_{split}.json" for split in ALL}
+    zips = {"train_val_images.zip": "train_images/", "test_images.zip": "test_images/"}
+    base = "https://dl.fbaipublicfiles.com/textvqa/"
+    return {
+        "splits": {split: f"{folder}/annotations/{annotations.format(split)}" for split in ALL},
+        "images": f"{folder}/images",
+        "columns": {"image": "image_id"},
+        "suffix": ".jpg",
+        "pictures": "TextVQA's pictures, train_val_images.zip and test_images.zip",
+        "annotations": f"{annotations.format('train')}, _val.json and _test.json, and the words read in"
+        f" the pictures, {words['train']}, _val.json and _test.json",
+        "licence": "CC BY 4.0; pictures of Open Images CC BY 2.0",
+        "ocr": {split: f"textvqa/annotations/{name}" for split, name in words.items()},
+        "archives": tuple(Archive(name, f"{folder}/images", inside) for name, inside in zips.items()),
+        "remote": {
+            **remote(f"{base}data/{of}", *(annotations.format(split) for split in ALL)),
+            **remote(f"{base}data/", *words.values()),
+            **remote(f"{base}images/", *zips),
+        },
+    }

@@ -152,25 +152,12 @@ def fetch(
     web = web or Web(timeout_s=60.0)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + PART)
-    error: Exception = WebError("no_connection")
-    for number in range(tries):
-        if number:
-            time.sleep(min(30.0, 0.2 * 4**number))
-        try:
-            _go_on(url, part, web, tell)
-            break
-        except WebError as caught:
-            error = caught
-            if caught.cause.startswith("http_4") or caught.cause in ("bad_url", "private_address"):
-                break
-        except OSError as caught:
-            raise DataError(f"{part}: cannot be written ({caught.strerror or caught})") from caught
-    else:
-        number = tries
+    error = _persist(url, part, web, tries, tell)
     if not part.is_file() or not _complete(part):
         have = part.stat().st_size if part.is_file() else 0
+        reason = brief(error or WebError("truncated"))
         raise DataError(
-            f"{url}: cannot be fetched ({brief(error)}); {have} bytes are kept in {part}, and the next"
+            f"{url}: cannot be fetched ({reason}); {have} bytes are kept in {part}, and the next"
             f" --fetch goes on from there; without a network, bring the file to {target.parent} yourself, or"
             " name its folder by --from"
         ) from error
@@ -182,6 +169,24 @@ def fetch(
         )
     os.replace(part, target)
     _note(part).unlink(missing_ok=True)
+
+
+def _persist(url: str, part: Path, web: Web, tries: int, tell: Callable[[str], None]) -> WebError | None:
+    """Fetch the rest of a file, in several tries; the error of the last one where none made it."""
+    error = None
+    for number in range(tries):
+        if number:
+            time.sleep(min(30.0, 0.2 * 4**number))
+        try:
+            _go_on(url, part, web, tell)
+            return None
+        except WebError as caught:
+            error = caught
+            if caught.cause.startswith("http_4") or caught.cause in ("bad_url", "private_address"):
+                break
+        except OSError as caught:
+            raise DataError(f"{part}: cannot be written ({caught.strerror or caught})") from caught
+    return error
 
 
 def _go_on(url: str, part: Path, web: Web, tell: Callable[[str], None]) -> None:

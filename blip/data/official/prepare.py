@@ -79,7 +79,11 @@ def prepare(name: str, root: Path, downloads: Path | None = None, web: Web | Non
         raise UsageError(f"{name} is embedded and needs no files: run 'blip data make scenes'")
     if downloads is not None and not downloads.is_dir():
         raise UsageError(f"--from {downloads}: no such folder; give the one that holds the downloaded files")
-    return _Preparation(row, root, downloads, web).run()
+    try:
+        return _Preparation(row, root, downloads, web).run()
+    except OSError as error:
+        what = error.filename or root
+        raise UsageError(f"{what}: cannot be read or written ({error.strerror or error})") from error
 
 
 class _Preparation:

@@ -658,6 +658,13 @@ def test_an_official_file_in_our_place_is_converted_there(root: Path) -> None:
     assert json.loads(kept.read_text()) == given["questions1.2/val_balanced_questions.json"]
 
 
+def test_a_place_that_cannot_be_written_is_told(root: Path, capsys: Captured) -> None:
+    put(Path("in"), CASES["vg_caption"][0])
+    Path("file").write_text("")
+    assert main(["prepare", "vg_caption", "--from", "in", "--data-root", "file"]) == 2
+    assert "file/vg/annotations: cannot be read or written (Not a directory)" in capsys.readouterr().err
+
+
 def test_files_of_two_sets_with_one_name_are_not_taken_for_each_other(root: Path) -> None:
     given, expected = CASES["ok_vqa"]
     own = {"okvqa_answer_list_train.json": ["own"], "okvqa_val_eval.json": vqa_records("val2014", "own", [2])}
