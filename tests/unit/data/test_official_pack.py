@@ -21,6 +21,7 @@ from PIL import Image
 from blip.config.schema import DatasetConfig
 from blip.data.__main__ import main
 from blip.data.catalog.table import CATALOG
+from blip.data.makers import Defaults
 from blip.data.official.urls import read_urls
 from blip.data.samples import MALFORMED
 from blip.data.sources import build_dataset
@@ -363,7 +364,7 @@ def test_shards_are_trained_on_and_those_of_img2dataset_too(root: Path) -> None:
     (root / "web/00000.parquet").write_bytes(b"PAR1")
     (root / "web/00000_stats.json").write_text('{"count": 5, "successes": 3}')
     config = DatasetConfig(path="web")
-    data: Any = build_dataset("web", config, data_root=root, image_size=16)
+    data: Any = build_dataset("web", config, data_root=root, defaults=Defaults(16))
     assert len(data) == 3
     read = [ref for ref in data.scan(0)]
     texts, causes = [], []
@@ -394,7 +395,7 @@ def test_a_web_set_of_the_catalogue_is_downloaded_and_read_by_its_name(
     assert main(["list"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "conceptual_caption_3m" in line)
     assert line.endswith("ready")
-    data: Any = build_dataset("conceptual_caption_3m", DatasetConfig(), image_size=16)
+    data: Any = build_dataset("conceptual_caption_3m", DatasetConfig(), defaults=Defaults(16))
     assert [path.relative_to(root).as_posix() for path in data.paths] == [
         "conceptual_caption/shards_3m/00000.tar"
     ]

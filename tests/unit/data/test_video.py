@@ -19,6 +19,7 @@ from blip.data.__main__ import main
 from blip.data.browse import open_splits
 from blip.data.evaluation import EvalPairs
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
+from blip.data.makers import Defaults
 from blip.data.records import PackedRecords
 from blip.data.samples import BadRecord, Clip, SampleMaker, read_clip
 from blip.data.skips import SkipLog
@@ -235,9 +236,9 @@ def test_a_section_of_one_s_own_names_its_column_and_needs_no_processor(root: Pa
     path = folder / "own.jsonl"
     path.write_text("\n".join(json.dumps({"clip": f"v{n}", "path": "x.png", "text": "a"}) for n in (0, 1)))
     config = DatasetConfig(path=str(path), columns={"video": "clip"})
-    data: Any = build_dataset("own", config, data_root=root, train=False, image_size=16)
+    data: Any = build_dataset("own", config, data_root=root, train=False, defaults=Defaults(16))
     assert data[0]["image"].shape == (8, 3, 16, 16)
-    listed: Any = build_dataset("own", config, data_root=root, image_size=16)
+    listed: Any = build_dataset("own", config, data_root=root, defaults=Defaults(16))
     assert listed[1]["image"].shape == (8, 3, 16, 16)
     half = DatasetConfig(path=str(path), columns={"video": "clip"}, vis_processor={"train": CLIPS["train"]})
     again: Any = build_dataset("own", half, data_root=root, train=False)
