@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from torch import Tensor
 
 from blip.config.schema import DatasetConfig
 from blip.data import fetch
@@ -28,45 +22,19 @@ from blip.data.shards import Lane, ShardDataset
 from blip.data.stores import RemoteShards, find_urls
 from blip.errors import ConfigError, DataError
 from tests.shard_server import ShardServer, serving
+from tests.unit.data.test_shards import START, Pixels, pairs, write
 
-START = [0, 0, 0, 0, 0]
 SIZES = [5, 3, 7, 4, 6]
 
 
-class Pixels:
-    """A picture processor without augmentation, but for one random pixel."""
-
-    def pixels(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        assert rng is not None
-        pixels = torch.from_numpy(np.array(image.convert("RGB")).transpose(2, 0, 1).copy())
-        pixels[0, 0, 0] = int(rng.integers(256))
-        return pixels
-
-    def norm(self) -> Tensor:
-        return torch.ones(2, 3)
-
-
 MAKER = SampleMaker(Pixels(), str)
-
-
-def write_shard(path: Path, shard: int, count: int) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            picture = io.BytesIO()
-            Image.new("RGB", (4, 4), (shard, i, 9)).save(picture, "PNG")
-            text = json.dumps({"caption": f"{shard}.{i}"}).encode()
-            for name, data in ((f"{i}.png", picture.getvalue()), (f"{i}.json", text)):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "shards").mkdir()
     for number, size in enumerate(SIZES):
-        write_shard(tmp_path / f"shards/{number:03d}.tar", number, size)
+        write(tmp_path / f"shards/{number:03d}.tar", pairs(number, size))
     return tmp_path / "shards"
 
 
@@ -153,7 +121,7 @@ def test_every_shard_is_fetched_once_where_all_fit(server: ShardServer, tmp_path
 
 def test_what_is_fetched_stays_below_the_limit(server: ShardServer, tmp_path: Path) -> None:
     for number in range(12):
-        size = write_shard(server.folder / f"many-{number}.tar", number, 4).stat().st_size
+        size = write(server.folder / f"many-{number}.tar", pairs(number, 4)).stat().st_size
     urls = [f"{server.url}/many-{number}.tar" for number in range(12)]
     data = ShardDataset("web", RemoteShards("web", urls, tmp_path / "cache", 5 * size), MAKER, window=2)
     lane = Lane(data, 1, 0, 1, START)
