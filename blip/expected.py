@@ -34,6 +34,8 @@ def expected(config: Config, task: Any, start: str | None, trained: bool) -> Com
         ConfigError: a dataset or a metric that the run does not have.
     """
     rows = read_published(config.run.published)
+    if not rows:
+        return Comparison()
     _check(rows, config, task)
     rows = [row for row in rows if row.model_type in ("", config.model.model_type)]
     captions = score_names() if "CIDEr" in task.scores() else []
@@ -74,7 +76,9 @@ def _names(row: Published, config: Config, trained: bool) -> tuple[str, ...]:
     """Files that the weights of a row may be; empty: nobody knows."""
     if row.weights:
         return row.weights
-    entry = model_zoo.get(config.model.arch, config.model.model_type)
+    if (key := (config.model.arch, config.model.model_type)) not in model_zoo:
+        return ()  # of another package
+    entry = model_zoo[key]
     names = [entry.starts_from] if trained else [entry.weights, entry.hub_id]
     return tuple(_file(name) for name in names if name)
 

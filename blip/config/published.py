@@ -9,7 +9,6 @@ from typing import Any
 
 from blip.errors import hint
 
-SPLITS = ("train", "val", "test")
 TEXTS = ("source", "data", "model_type", "server", "note")
 
 
@@ -50,12 +49,17 @@ def read_published(rows: Sequence[Mapping[str, Any]]) -> list[Published]:
     return [Published(**{**row, "weights": _weights(row), "scores": dict(row["scores"])}) for row in rows]
 
 
-def published_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with rows as a YAML file has them, one `published.NUMBER.KEY: reason` each."""
-    return [f"published.{number}{problem}" for number, row in enumerate(rows) for problem in _problems(row)]
+def published_problems(rows: Sequence[Mapping[str, Any]], splits: Sequence[str]) -> list[str]:
+    """What is wrong with rows as a YAML file has them, one `published.NUMBER.KEY: reason` each.
+
+    Args:
+        splits: names that there are.
+    """
+    found = ((number, _problems(row, splits)) for number, row in enumerate(rows))
+    return [f"published.{number}{problem}" for number, problems in found for problem in problems]
 
 
-def _problems(row: Mapping[str, Any]) -> list[str]:
+def _problems(row: Mapping[str, Any], splits: Sequence[str]) -> list[str]:
     known = [field.name for field in fields(Published)]
     found = [f".{key}: no such key{hint(str(key), known)}" for key in row if key not in known]
     found += [f".{key}: missing" for key in ("source", "data", "scores") if not row.get(key)]
@@ -65,8 +69,8 @@ def _problems(row: Mapping[str, Any]) -> list[str]:
     data, scores = row.get("data"), row.get("scores") or {}
     if isinstance(data, str) and data:
         dataset, _, split = data.rpartition("/")
-        if not dataset or split not in SPLITS:
-            found.append(f".data: {data!r} is not DATASET/SPLIT with a split of {', '.join(SPLITS)}")
+        if not dataset or split not in splits:
+            found.append(f".data: {data!r} is not DATASET/SPLIT with a split of {', '.join(splits)}")
     if not isinstance(scores, Mapping):
         return [*found, ".scores: not a section of metrics and values"]
     for name, value in scores.items():

@@ -13,6 +13,7 @@ from blip import templates
 from blip.config.published import published_problems
 from blip.errors import ConfigError, hint
 
+SPLITS = ("train", "val", "test")
 SPECIAL = ("dec", "enc", "sep", "pad")
 """BERT's tokens that a model puts in or looks for itself."""
 
@@ -347,7 +348,7 @@ class RunConfig(Section):
             found.append("train_splits: empty; name a split to train on, or set evaluate: true")
         if self.lr_per_epoch and self.max_epoch is None and not self.evaluate:
             found.append("lr_per_epoch: the staircase needs max_epoch")
-        return found + published_problems(self.published)
+        return found + published_problems(self.published, SPLITS)
 
 
 @dataclass

@@ -111,6 +111,29 @@ def test_what_the_top_of_a_recipe_expects_is_what_it_is_compared_with(recipe: st
     assert said <= known
 
 
+@pytest.mark.parametrize(
+    ("recipe", "arch", "model_type", "millions"),
+    [
+        ("blip2/gqa_zeroshot_opt_eval", "blip2_opt", "pretrain_opt6.7b", 108),
+        ("blip2/gqa_zeroshot_flant5xl_eval", "blip2_t5", "pretrain_flant5xxl", 108),
+        ("blip2/gqa_zeroshot_flant5xl_eval", "blip2_t5", "pretrain_flant5xl_vitL", 103),
+        ("blip/nocaps_eval", "blip_caption", "large_coco", 446),
+        ("instructblip/zeroshot_nocaps", "blip2_vicuna_instruct", "vicuna13b", 188),
+        ("instructblip/scienceqa_ft", "blip2_vicuna_instruct", "vicuna7b", 188),
+        ("instructblip/okvqa_ft", "blip2_t5_instruct", "flant5xxl", 188),
+    ],
+)
+def test_what_an_override_takes_is_built_with_the_papers_count_of_trained_parameters(
+    recipe: str, arch: str, model_type: str, millions: int
+) -> None:
+    more = [f"model.arch={arch}", f"model.model_type={model_type}"]
+    config = load(str(CONFIGS / f"{recipe}.yaml"), *more, "model.vocab_size=30523")
+    with torch.device("meta"):
+        model = MODELS.get(arch)(config.model)
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    assert abs(found - millions) < 5
+
+
 # A run
 
 

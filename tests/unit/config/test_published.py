@@ -9,6 +9,7 @@ import yaml
 
 from blip.config.load import load_config
 from blip.config.published import Published, published_problems, read_published
+from blip.config.schema import SPLITS
 from blip.errors import ConfigError
 
 ROW = {"source": "a paper, table 1", "data": "scenes/test", "scores": {"CIDEr": 133.3}}
@@ -49,8 +50,8 @@ def test_a_row_is_read_as_it_stands() -> None:
     ],
 )
 def test_what_cannot_be_used_is_named(change: dict[str, Any], problem: str) -> None:
-    assert published_problems([{**ROW, **change}]) == [problem]
-    assert published_problems([ROW]) == []
+    assert published_problems([{**ROW, **change}], SPLITS) == [problem]
+    assert published_problems([ROW], SPLITS) == []
 
 
 def recipe(tmp_path: Any, *rows: Any) -> str:
