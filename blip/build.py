@@ -34,6 +34,7 @@ from blip.engine.recompute import apply_recompute
 from blip.engine.runner import Runner
 from blip.engine.tracker import Tracker
 from blip.errors import BlipError, CheckpointError, ConfigError, DataError, Stopped, TrainingError, hint
+from blip.expected import expected
 from blip.formats.load import load_any
 from blip.registry import MODELS, TASKS
 from blip.together import on_all
@@ -114,6 +115,7 @@ def build_run(config: Config, limit: int | None = None, begun: Path | None = Non
     task = TASKS.get(config.run.task)(config.run)
     deciding = config.run.valid_splits[:1] if not config.run.evaluate else []
     _check_monitor(config, task, {name: None for split in deciding for name in splits[split]})
+    expected(config, task, None, False)  # what is wrong with it is said before anything is read
     parallel = Parallel(config.run)
     tracker = Tracker(config)
     try:
@@ -137,7 +139,8 @@ def build_run(config: Config, limit: int | None = None, begun: Path | None = Non
         for data in (data for several in evaluations.values() for data in several):
             task.check_data(data)
         _check_monitor(config, task, {data.name: data for split in deciding for data in evaluations[split]})
-        runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips)
+        beside = expected(config, task, start_of(config), begun is not None or not config.run.evaluate)
+        runner = Runner(config, model, task, parallel, loader, evaluations, tracker, skips, beside)
         if config.run.evaluate and (limit is None or begun is not None):
             runner.progress.step = load_evaluated(config, model, begun)
             model.on_step(sys.maxsize)  # what is frozen on the way has been frozen by now

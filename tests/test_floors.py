@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: dict[int, tuple[str, ...]] = {
     6: ("__main__", "train", "evaluate", "estimate", "cache_features"),
     5: ("build", "predict", "convert", "capfilt"),
-    4: ("cli", "zoo"),
+    4: ("cli", "expected", "zoo"),
     3: ("models", "processors", "data", "tasks", "engine", "formats"),
     2: ("config", "weights"),
     1: ("layers", "losses", "metrics", "registry", "stored", "templates", "together"),

@@ -30,6 +30,8 @@ SECTIONS = ("model", "datasets", "run")
 DICTS = (dict[str, Any], dict[str, str], dict[str, dict[str, Any]])
 PROCESSOR_KINDS = ("vis_processor", "text_processor")
 COMMAND_LINE = "command line"
+PUBLISHED = "published"
+"""As `model.finetuned` or `model.pretrained`: the address that the zoo has for the model type."""
 FEW_KEYS = 16
 
 
@@ -232,6 +234,24 @@ class _Loader:
                 self._leave_out()
         for path, value in list(self.values.leaves.items()):
             self._refuse_code(path, value)
+        if model_class is not None:
+            self._find_weights(model_class)
+
+    def _find_weights(self, model_class: type[Any]) -> None:
+        """Put the zoo's addresses in the place of the word `published`."""
+        arch, model_type = (self.values.leaves.get(("model", key)) for key in ("arch", "model_type"))
+        for key, table in (("finetuned", "published"), ("pretrained", "starts")):
+            path = ("model", key)
+            if self.values.leaves.get(path) != PUBLISHED:
+                continue
+            addresses: dict[str, str] = getattr(model_class, table, {})
+            if (address := addresses.get(str(model_type))) is not None:
+                self.values.leaves[path] = address
+                continue
+            text = f"no such weights of {arch}/{model_type or '?'} are published; name a file"
+            if addresses:
+                text += f", or choose model.model_type from {', '.join(addresses)}"
+            self.problem(path, text)
 
     def _leave_out(self) -> None:
         """Drop the file's datasets that the command line sets to null."""
@@ -462,7 +482,9 @@ def _likeness(key: str, known: str) -> float:
 
 
 def _items(value: Any) -> list[Any]:
-    return [leaf for item in value for leaf in _items(item)] if isinstance(value, list) else [value]
+    """The leaves of lists, and of sections in them."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    return [leaf for item in inner for leaf in _items(item)] if isinstance(inner, list) else [value]
 
 
 def _paths(tree: dict[str, Any], path: Path = ()) -> Iterator[Path]:

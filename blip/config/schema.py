@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from blip import templates
+from blip.config.published import published_problems
 from blip.errors import ConfigError, hint
 
 SPLITS = ("train", "val", "test")
@@ -64,11 +65,11 @@ class ModelConfig(Section):
     load_finetuned: bool = True
     """Start from `finetuned` where it names weights."""
     finetuned: str | None = None
-    """Weights of the fine-tuned model: a file, folder or hub id."""
+    """Weights of the fine-tuned model: a file, folder or hub id, or `published`: those of the model type."""
     load_pretrained: bool = True
     """Start from `pretrained` where it names weights and no finetuned ones are loaded."""
     pretrained: str | None = None
-    """Weights of the pre-trained model: a file, folder or hub id."""
+    """Weights of the pre-trained model, likewise; `published`: what training of the type starts from."""
     special_ids: dict[str, int] = field(default_factory=dict)
     """Ids of `dec`, `enc`, `sep` and `pad` that are not the tokenizer's. Where none is read, since texts are
     given as ids, others are the last rows of the vocabulary, and BERT's 102 and 0."""
@@ -314,6 +315,10 @@ class RunConfig(Section):
     """Splits to evaluate at the end, with the best checkpoint."""
     max_bad_ratio: float = 0.05
     """Share of unreadable records above which a run stops."""
+    published: list[dict[str, Any]] = field(default_factory=list)
+    """What others have reached, shown beside the last scores: rows of `source`, `data` (DATASET/SPLIT),
+    `scores` (metric -> value as papers print it) and, where it matters, `model_type`, `weights`, `server`,
+    `note`; see `blip.config.published`."""
 
     def problems(self) -> list[str]:
         """Values out of range and combinations that contradict each other."""
@@ -362,7 +367,7 @@ class RunConfig(Section):
             found.append("train_splits: empty; name a split to train on, or set evaluate: true")
         if self.lr_per_epoch and self.max_epoch is None and not self.evaluate:
             found.append("lr_per_epoch: the staircase needs max_epoch")
-        return found
+        return found + published_problems(self.published, SPLITS)
 
 
 @dataclass

@@ -316,6 +316,12 @@ class EvalCaptions(EvalData):
         members = [self.records[int(number)] for number in self._order[start:end]]
         return [text for record in members for text in _strings(record.get("caption"))]
 
+    def domain(self, index: int) -> str | None:
+        """Which of NoCaps's domains a picture is of: `in`, `near` or `out`; None where nobody says."""
+        found = self._official.get(self.image_id(index)) if self._official is not None else None
+        domain = (found or {}).get("domain") or self.record(index).get("domain")
+        return str(domain).removesuffix("-domain") if domain else None
+
     def judge(self, index: int, caption: str) -> dict[str, int] | None:
         """How much of a caption is right: `right`, `stated`, `whole` (0 or 1); None where nobody knows."""
         return self._judge(str(self.record(index)["image"]), caption) if self._judge else None

@@ -183,6 +183,7 @@ def _coco(images: list[Any], annotations: list[Any], path: Path) -> Iterator[Rec
         for image in images:
             own = captions.pop(image["id"], [])
             record = {"image": image.get("file_name"), "image_id": image["id"], "caption": own}
+            record["domain"] = image.get("domain")  # NoCaps's
             yield {key: value for key, value in record.items() if value is not None}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from blip import atomic
 from blip.engine.charts import line_chart, short
+from blip.engine.comparison import HEADS, cells_of, notes_of
 from blip.engine.display import ITM_CHANCE
 from blip.engine.report_style import STYLE
 from blip.engine.run_folder import (
@@ -23,6 +24,7 @@ from blip.engine.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,
     PREDICTIONS_FOLDER,
+    PUBLISHED_FILE,
     REPORT_FILE,
     SKIPPED_FILES,
 )
@@ -64,6 +66,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections = [
         _header(folder, train, config),
         _scores(evaluations),
+        _published(folder),
         _section("Training", _training_charts(train), "charts"),
         _section("Evaluations", _evaluation_charts(evaluations), "charts"),
         _samples(folder),
@@ -132,6 +135,20 @@ def _scores(evaluations: Mapping[str, Sequence[Line]]) -> str:
             f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
     return _section("Scores", tables, "tables")
+
+
+def _published(folder: Path) -> str:
+    """The last scores beside those that others have published."""
+    rows = _predictions(folder / PUBLISHED_FILE)
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells_of(row)) + "</tr>" for row in rows
+    )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(rows))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return _section("Beside what is published", [f'<div class="table">{table}</div><ul>{notes}</ul>'])
 
 
 def _training_charts(train: Sequence[Line]) -> list[str]:

@@ -30,13 +30,15 @@ ENV_FILE = "env.json"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 REPORT_FILE = "report.html"
+PUBLISHED_FILE = "published.json"
+"""The last scores beside those that `run.published` names."""
 PREDICTIONS_FOLDER = "predictions"
 SUBMISSIONS_FOLDER = "submissions"
 TENSORBOARD_FOLDER = "tensorboard"
 SKIPPED_FILES = "skipped*.jsonl"
 """Bad records, listed by `blip.data.skips.SkipLog`."""
 
-_FILES = (CONFIG_FILE, ENV_FILE, METRICS_FILE, EVENTS_FILE, REPORT_FILE, SKIPPED_FILES)
+_FILES = (CONFIG_FILE, ENV_FILE, METRICS_FILE, EVENTS_FILE, REPORT_FILE, PUBLISHED_FILE, SKIPPED_FILES)
 _FOLDERS = (CHECKPOINT_FOLDER, MODEL_FOLDER, PREDICTIONS_FOLDER, SUBMISSIONS_FOLDER, TENSORBOARD_FOLDER)
 _SIGNS = (CONFIG_FILE, METRICS_FILE, CHECKPOINT_FOLDER)
 """What a folder that holds a run has."""

@@ -16,6 +16,7 @@ from blip.batch import EvalContext, Output, to_device
 from blip.config.schema import Config, RunConfig
 from blip.engine.cached import cached_step
 from blip.engine.checkpoint import Checkpoints, Stateful, load_model, read_part
+from blip.engine.comparison import Comparison, as_values
 from blip.engine.optim import Ema, Schedule, build_optimizer
 from blip.engine.parallel import Parallel
 from blip.engine.progress import Intake, Progress, Window
@@ -42,6 +43,7 @@ class Runner:
         evaluations: split -> datasets to evaluate on.
         tracker: the run folder.
         skips: counts of bad records, as `blip.data.skips.SkipLog` keeps them.
+        comparison: what the last scores are held against.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Runner:
         evaluations: dict[str, list[Any]],
         tracker: Tracker,
         skips: Any | None = None,
+        comparison: Comparison | None = None,
     ) -> None:
         self.config: Any = config.run
         self.model = model
@@ -61,6 +64,7 @@ class Runner:
         self.parallel = parallel
         self.evaluations = evaluations
         self.tracker = tracker
+        self.comparison = comparison or Comparison()
         self.progress = Progress()
         self.window = Window()
         self.intake = Intake()
@@ -354,8 +358,14 @@ class Runner:
 
     # Evaluation
 
-    def _evaluate(self, split: str, step: int) -> dict[str, float]:
-        """Scores of one split, under the datasets' names where there are several; predictions come first."""
+    def _evaluate(
+        self, split: str, step: int, parts: dict[str, dict[str, float]] | None = None
+    ) -> dict[str, float]:
+        """Scores of one split, under the datasets' names where there are several; predictions come first.
+
+        Args:
+            parts: takes the scores of each DATASET/SPLIT.
+        """
         found: dict[str, float] = {}
         datasets = self.evaluations.get(split, [])
         for data in datasets:
@@ -366,7 +376,10 @@ class Runner:
             if (content := self.task.submission(data, predictions)) is not None:
                 self.tracker.submission(name, content)
             prefix = f"{data.name}/" if len(datasets) > 1 else ""
-            found |= {prefix + key: value for key, value in evaluation.metrics().items()}
+            metrics = evaluation.metrics()
+            found |= {prefix + key: value for key, value in metrics.items()}
+            if parts is not None:
+                parts[f"{data.name}/{split}"] = metrics
         if found:
             self.tracker.metrics({"split": split, "step": step, **found})
             shown = "  ".join(f"{k} {v:.2f}" for k, v in found.items())
@@ -395,11 +408,13 @@ class Runner:
         if self.trains:
             with self._averaged():
                 on_main(lambda: self.model.save_pretrained(self.tracker.model_folder))
+        parts: dict[str, dict[str, float]] = {}
         for split in self._final_splits():
             asked = self.trains and self.signals.received is not None
             if any(dist.any_flags([asked], self.parallel.device)):
                 self._stop()
-            scores = self._evaluate(split, step) or scores
+            scores = self._evaluate(split, step, parts) or scores
+        self.tracker.published(as_values(self.comparison.against(parts)))
         on_main(lambda: write_report(self.tracker.folder))
         return scores
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 from blip import atomic, dist, keyed
 from blip.config.files import dump, plain
 from blip.config.schema import Config
+from blip.engine.comparison import as_text
 from blip.engine.display import ChanceWatch, Display
 from blip.engine.environment import describe
 from blip.engine.mirrors import Mirror, TensorBoard, WeightsAndBiases
@@ -23,6 +24,7 @@ from blip.engine.run_folder import (
     EVENTS_FILE,
     METRICS_FILE,
     PREDICTIONS_FOLDER,
+    PUBLISHED_FILE,
     SUBMISSIONS_FOLDER,
     TENSORBOARD_FOLDER,
     Lines,
@@ -137,6 +139,21 @@ class Tracker:
             atomic.write_text(path, json.dumps(content, ensure_ascii=False, default=plain_value) + "\n")
             log.info("for the evaluation server: %s", path)
         return path
+
+    def published(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show scores beside published ones, and write them to `published.json`, where there are some.
+
+        Args:
+            rows: as `blip.engine.comparison.as_values` gives them.
+        """
+        path = self.folder / PUBLISHED_FILE
+        if not dist.is_main():
+            return
+        if rows:
+            atomic.write_text(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+            log.info("beside what is published:\n%s", as_text(rows))
+        else:  # of an evaluation before this one
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Finish the display, the files and the mirrors."""

@@ -107,7 +107,7 @@ def local_copy(source: str | Path, root: str | Path | None = None) -> Path:
     """The path of a file or folder on this machine that `source` means; need not exist.
 
     Args:
-        source: as of `open_source`.
+        source: as of `open_source`, or the mere name of a file that was downloaded.
         root: data root; None: the environment variable BLIP_DATA, else `data`.
 
     Raises:
@@ -119,7 +119,11 @@ def local_copy(source: str | Path, root: str | Path | None = None) -> Path:
         if (here := downloaded(text, root)) is not None:
             return here
         raise CheckpointError(not_here(text, root))
-    if os.path.exists(path) or path.is_absolute() or not _HUB_ID.fullmatch(text):
+    if os.path.exists(path) or path.is_absolute():
+        return path
+    if os.sep not in text and (here := downloaded(text, root)) is not None:
+        return here
+    if not _HUB_ID.fullmatch(text):
         return path
     return _snapshot(text)
 

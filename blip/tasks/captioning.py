@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -18,11 +18,17 @@ from blip.together import on_main
 
 log = logging.getLogger(__name__)
 
+DOMAINS = ("in", "near", "out")
+"""NoCaps's: pictures of things that COCO names only, some of them, and none."""
+BY_DOMAIN = ("CIDEr", "SPICE")
+"""Metrics that are computed for each of them."""
+
 
 class CaptionData(EvalData, Protocol):
     """Pictures and what people wrote about them.
 
-    A dataset that knows what is in its pictures also has `judge(index, caption)`: None, or how many of a
+    A dataset of several domains also has `domain(index)`: the one of a picture, such as `near`, or None. A
+    dataset that knows what is in its pictures also has `judge(index, caption)`: None, or how many of a
     caption's statements are `right` of those `stated`, and whether it is right as a `whole` (0 or 1).
     """
 
@@ -92,6 +98,9 @@ class Captioning(Task):
     `agg_metrics`, CIDEr + BLEU-4, decides the best checkpoint, as in BLIP and LAVIS. Where the dataset knows
     what is in its pictures: `attr_acc`, the percentage of captions' statements that are right, and
     `caption_acc`, that of captions that are right as a whole.
+
+    Of NoCaps, `CIDEr_in`, `SPICE_near`, ... of each domain. As on its server a domain is a corpus of its own,
+    so that CIDEr weighs words by how rare they are in that domain.
     """
 
     run_config_class = CaptioningRun
@@ -124,8 +133,10 @@ class Captioning(Task):
             return []
         wanted = self.config.java_metrics
         skip = unavailable() if wanted is None else set(JAVA_SCORES) - set(wanted)
-        compared = data is None or any(data.references(i) for i in range(len(data)))
-        found = [*score_names(skip), "agg_metrics"] if compared else []
+        written = [] if data is None else [i for i in range(len(data)) if data.references(i)]
+        found = [*score_names(skip), "agg_metrics"] if data is None or written else []
+        domains = DOMAINS if data is None else sorted(_domains(data, written))
+        found += [f"{name}_{part}" for part in domains for name in BY_DOMAIN if name in found]
         return found + (["attr_acc", "caption_acc"] if data is None or _judged(data) else [])
 
     def submission(self, data: CaptionData, predictions: Sequence[Prediction]) -> list[dict[str, Any]] | None:
@@ -179,7 +190,24 @@ class Captioning(Task):
             self.config.java_metrics,
         )
         found["agg_metrics"] = found["CIDEr"] + found["Bleu_4"]
+        for domain, members in sorted(_domains(data, scored).items()):
+            own = caption_scores(
+                [captions[index] for index in members],
+                [references[index] for index in members],
+                ["SPICE"] if "SPICE" in found else [],
+            )
+            found |= {f"{name}_{domain}": own[name] for name in BY_DOMAIN if name in own}
         return found
+
+
+def _domains(data: CaptionData, indices: Iterable[int]) -> dict[str, list[int]]:
+    """The pictures of each domain, by their numbers; empty for a dataset without domains."""
+    domain_of = getattr(data, "domain", lambda index: None)
+    found: dict[str, list[int]] = {}
+    for index in indices:
+        if (domain := domain_of(index)) is not None:
+            found.setdefault(domain, []).append(index)
+    return found
 
 
 def _judged(data: CaptionData) -> bool:

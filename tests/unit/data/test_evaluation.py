@@ -145,6 +145,21 @@ def test_captions_of_an_official_file_take_the_place_of_the_records_own(folder: 
     assert [data.references(i) for i in range(2)] == [["One.", "Two."], []]
 
 
+def test_the_domain_of_a_picture_is_that_of_the_official_file_or_its_own(folder: Path) -> None:
+    """NoCaps names it in its annotations of val only."""
+    images = [
+        {"id": i, "file_name": f"{i}.png", "domain": f"{d}-domain"} for i, d in ((5, "in"), (6, "near"))
+    ]
+    official = {"images": images, "annotations": [{"image_id": 5, "caption": "One."}]}
+    (folder / "gt.json").write_text(json.dumps(official))
+    own = {"domain": "out-domain"}
+    records = plain(
+        folder, *({"image": f"{i}.png", "image_id": i, **(own if i == 8 else {})} for i in (5, 6, 7, 8))
+    )
+    data = EvalCaptions("val", records, EVAL, read_official(folder / "gt.json", "image_id"))
+    assert [data.domain(i) for i in range(4)] == ["in", "near", None, "out"]
+
+
 def test_pictures_that_cannot_be_captioned_are_left_out(folder: Path) -> None:
     records = plain(folder, {"image": "a.png"}, {"image": "cut.png"}, {MALFORMED: "line 3"}, {"caption": "x"})
     data = EvalCaptions("val", records, EVAL).verify()

@@ -32,6 +32,8 @@ class StubConfig(ModelConfig):
 class Stub:
     config_class = StubConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {name: {} for name in ("flant5xl", "vicuna7b")}
+    published: ClassVar[dict[str, str]] = dict.fromkeys(presets, "https://example.org/weights.pth")
+    starts = published
 
 
 @pytest.fixture(autouse=True)

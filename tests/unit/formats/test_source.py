@@ -13,6 +13,7 @@ from torch import Tensor
 
 import blip
 from blip.errors import CheckpointError, UsageError
+from blip.formats.source import local_copy
 
 GOLDEN = Path(__file__).parents[2] / "parity" / "goldens" / "blip2_stage1.pt"
 GOLDEN_HEADS: dict[str, Any] = {"vit": {"heads": 5}, "qformer": {"num_heads": 4}}
@@ -90,6 +91,18 @@ def test_published_weights_are_found_in_torch_s_cache(golden: dict[str, Any], pl
     torch.testing.assert_close(features.image_embeds_proj, expected, atol=1e-5, rtol=1e-4)
     assert model.frozen_parts() == {"vision.": "eva_vit_g.pth"}
     assert same(blip.from_pretrained(model.save_pretrained("copy")).state_dict(), model.state_dict())
+
+
+def test_the_mere_name_of_a_downloaded_file_is_enough(places: Path, tmp_path: Path) -> None:
+    """As in model.init_from=model_base_14M.pth; one in the working directory comes first."""
+    (places / "model_base_14M.pth").touch()
+    assert local_copy("model_base_14M.pth") == places / "model_base_14M.pth"
+    below = tmp_path / "big" / "weights" / "other.pth"
+    below.parent.mkdir(parents=True)
+    below.touch()
+    assert local_copy("other.pth", tmp_path / "big") == below
+    Path("model_base_14M.pth").touch()
+    assert local_copy("model_base_14M.pth") == Path("model_base_14M.pth")
 
 
 def test_published_weights_that_are_not_here_are_named_with_their_address() -> None:

@@ -46,6 +46,13 @@ class Judged(Pictures):
         return None if index == 3 else {"right": index, "stated": 4, "whole": int(index == 4)}
 
 
+class OfDomains(Pictures):
+    """Like NoCaps's; one picture is of none."""
+
+    def domain(self, index: int) -> str | None:
+        return ["out", "in", "out", "in", None][index]
+
+
 class Writer:
     """Says what is in SAID about the picture with that number, and remembers how it was asked."""
 
@@ -206,7 +213,7 @@ def test_what_cannot_be_computed_is_said_before_training(caplog: pytest.LogCaptu
 def test_the_names_of_scores_are_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
     own = ["agg_metrics", "attr_acc", "caption_acc"]
-    assert task().scores() == [*plain, *own]
+    assert task().scores() == [*plain, own[0], "CIDEr_in", "CIDEr_near", "CIDEr_out", *own[1:]]
     assert "METEOR" in task(java_metrics=["METEOR"]).scores()
     assert task(report_metric=False).scores() == []
     assert task().monitor in task().scores()
@@ -214,7 +221,7 @@ def test_the_names_of_scores_are_known_before(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("references", [WRITTEN, [[]] * 5])
-@pytest.mark.parametrize("kind", [Pictures, Judged])
+@pytest.mark.parametrize("kind", [Pictures, Judged, OfDomains])
 def test_the_names_of_scores_are_those_that_the_data_gives(
     kind: type[Pictures], references: list[list[str]]
 ) -> None:
@@ -222,6 +229,17 @@ def test_the_names_of_scores_are_those_that_the_data_gives(
     found = task().evaluate(Writer(), data, CONTEXT).metrics()
     assert task().scores(data) == list(found)
     assert task(report_metric=False).scores(data) == []
+
+
+def test_each_domain_is_scored_as_a_corpus_of_its_own() -> None:
+    """Only what people wrote about, and CIDEr's weights of words are the domain's."""
+    found = task().evaluate(Writer(), OfDomains(), CONTEXT).metrics()
+    own = {"in": [1], "out": [0, 2]}
+    wanted = {d: caption_scores([SAID[i] for i in n], [WRITTEN[i] for i in n], []) for d, n in own.items()}
+    assert {name: found[name] for name in found if name.startswith("CIDEr_")} == {
+        f"CIDEr_{domain}": scores["CIDEr"] for domain, scores in wanted.items()
+    }
+    assert found["CIDEr"] == task().evaluate(Writer(), Pictures(), CONTEXT).metrics()["CIDEr"]
 
 
 def test_captions_that_are_not_scored_here_are_written_for_the_server() -> None:
