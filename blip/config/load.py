@@ -20,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from blip.config import lavis
 from blip.config.files import Recipe, find_config, parse_overrides, plain, read_yaml
 from blip.config.schema import Config, DatasetConfig, ModelConfig, RunConfig, SectionError
+from blip.config.values import Path, Values
 from blip.errors import ConfigError, hint, nearest
 from blip.registry import MODELS, PROCESSORS, TASKS, Registry
 
-Path = tuple[str, ...]
 T = TypeVar("T")
 
 SECTIONS = ("model", "datasets", "run")
@@ -49,7 +49,7 @@ def load_config(
         ConfigError: everything that is wrong with it, in one message.
     """
     recipe = find_config(name)
-    given = _Values()
+    given = Values()
     for path, value in parse_overrides(overrides):
         if len(path) == 1 and path[0] in SECTIONS and not isinstance(value, dict):
             raise ConfigError(
@@ -58,53 +58,6 @@ def load_config(
         given.put(path, value, COMMAND_LINE)
     sources = {recipe.shown: read_yaml(recipe.path, recipe.shown), COMMAND_LINE: given.tree()}
     return _Loader(recipe, sources, known_datasets).config()
-
-
-class _Values:
-    """Leaves of the tree by path, each with its source; a later source replaces an earlier one."""
-
-    def __init__(self) -> None:
-        self.leaves: dict[Path, Any] = {}
-        self.origins: dict[Path, str] = {}
-
-    def put(self, path: Path, value: Any, origin: str) -> None:
-        """Set the value at `path`, and a section's values one by one."""
-        if isinstance(value, dict) and value:
-            for key, item in value.items():
-                self.put((*path, key), item, origin)
-            return
-        below = [known for known in self.leaves if known[: len(path)] == path]
-        # An empty section changes nothing, except that a dataset may be named by itself.
-        if value == {} and (below or len(path) != 2 or path[0] != "datasets"):
-            return
-        for known in [*below, *(path[:i] for i in range(1, len(path)))]:
-            self.leaves.pop(known, None)
-            self.origins.pop(known, None)
-        self.leaves[path] = value
-        self.origins[path] = origin
-
-    def drop(self, path: Path) -> None:
-        """Forget what is at and below `path`."""
-        for known in [known for known in self.leaves if known[: len(path)] == path]:
-            del self.leaves[known], self.origins[known]
-
-    def tree(self, top: Path = ()) -> dict[str, Any]:
-        """The leaves below `top` as nested dictionaries."""
-        root: dict[str, Any] = {}
-        for path, value in self.leaves.items():
-            if path[: len(top)] == top and len(path) > len(top):
-                node = root
-                for key in path[len(top) : -1]:
-                    node = node.setdefault(key, {})
-                node[path[-1]] = value
-        return root
-
-    def origin(self, path: Path) -> str:
-        """The source of the value at `path`, or of the first one below it or the nearest above it."""
-        for known, origin in self.origins.items():
-            if known[: len(path)] == path or path[: len(known)] == known:
-                return origin
-        return "default"
 
 
 class _Loader:
@@ -122,7 +75,7 @@ class _Loader:
             del told[name]
         self.sources = {origin: self._sections(tree) for origin, tree in sources.items()}
         self.known_datasets = None if known_datasets is None else list(known_datasets)
-        self.values = _Values()
+        self.values = Values()
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.valid: list[str] = []

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blip.config.files import Recipe, parse_overrides
-from blip.config.load import _Loader, _Values, keys_of, report
+from blip.config.load import _Loader, keys_of, report
+from blip.config.values import Values
 from blip.errors import ConfigError
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def model_overrides(overrides: Iterable[str], taken: Collection[str] = ()) -> di
     Raises:
         ConfigError: no override, or a key that is taken.
     """
-    values = _Values()
+    values = Values()
     for path, value in parse_overrides(overrides):
         inner = path[1:] if path[0] == "model" and len(path) > 1 else path
         if inner[0] in taken:

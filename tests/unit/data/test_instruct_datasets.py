@@ -152,7 +152,7 @@ def test_shards_of_captions_become_instructions(root: Path) -> None:
     shard(root / "own/p0.tar", "ab", root / "own/pictures")
     data = train(root, "mine", path="own/p0.tar", columns={"caption": "TEXT"}, templates="caption")
     ref = next(iter(data.scan(0)))
-    with data.paths[0].open("rb") as file:
+    with data.shards.open(0) as file:
         sample = data.sample(ref, file, 0, 0)
     assert sample["text_output"] == "picture a"
     assert sample["text_input"] in TEMPLATES["caption"]

@@ -396,7 +396,7 @@ def test_a_web_set_of_the_catalogue_is_downloaded_and_read_by_its_name(
     line = next(line for line in capsys.readouterr().out.splitlines() if "conceptual_caption_3m" in line)
     assert line.endswith("ready")
     data: Any = build_dataset("conceptual_caption_3m", DatasetConfig(), defaults=Defaults(16))
-    assert [path.relative_to(root).as_posix() for path in data.paths] == [
+    assert [path.relative_to(root).as_posix() for path in data.shards.paths] == [
         "conceptual_caption/shards_3m/00000.tar"
     ]
 
