@@ -23,9 +23,9 @@ from blip.data.features import fingerprint, view_of
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.locate import MissingData, available_splits, require_files
 from blip.data.makers import Defaults
-from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
 from blip.data.sources import build_dataset
+from blip.data.streams.shards import ShardDataset
 from blip.engine.cached import Cacheable
 from blip.engine.checkpoint import Checkpoints, load_model, read_part, read_state
 from blip.engine.dry_run import dry_run

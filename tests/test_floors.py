@@ -95,7 +95,7 @@ def _walk(node: ast.AST, in_function: bool) -> Iterator[tuple[ast.expr | ast.stm
 
 
 def _module(name: str, files: set[Path]) -> str:
-    """The longest part of a dotted name that is a file: `blip.data.tars.scan` -> `data.tars`."""
+    """The longest part of a dotted name that is a file: `blip.data.streams.tars.scan` -> `data.tars`."""
     parts = name.split(".")[1:]
     if name.startswith("."):
         return name

@@ -15,7 +15,6 @@ from blip.data.catalog import table as catalog
 from blip.data.catalog.listing import as_data, details, table
 from blip.data.catalog.table import CATALOG
 from blip.data.check import Report, check_split, count_words
-from blip.data.fetch import is_remote
 from blip.data.kinds import KINDS
 from blip.data.locate import MissingData, available_splits, locate
 from blip.data.official.fetch import AGENT, Web
@@ -24,6 +23,7 @@ from blip.data.official.prepare import MOST_BYTES, prepare, wanted
 from blip.data.official.urls import is_list, read_urls
 from blip.data.records import COLUMNS
 from blip.data.scenes.make import make_scenes
+from blip.data.streams.fetch import is_remote
 from blip.errors import EXIT_OK, DataError, UsageError, hint
 from blip.models.tokenizer import WordPieces
 

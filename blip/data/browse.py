@@ -19,8 +19,8 @@ from blip.data.instruct import InstructMaker
 from blip.data.kinds import LabelMaker, PairMaker, QuestionMaker
 from blip.data.locate import MissingData, Source, available_splits, locate, require_files
 from blip.data.samples import BadRecord, Sample, SampleMaker
-from blip.data.shards import ShardDataset
 from blip.data.sources import check_pictures, class_names, found_kind, read_source, shows_videos
+from blip.data.streams.shards import ShardDataset
 from blip.data.video import a_few
 from blip.errors import DataError, hint
 

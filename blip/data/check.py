@@ -23,8 +23,8 @@ from blip.data.kinds import KINDS, LabelMaker, PairMaker, QuestionMaker
 from blip.data.locate import Source
 from blip.data.makers import make_processor
 from blip.data.samples import BadRecord, Clip, SampleMaker, read_clip, read_image, sound
-from blip.data.shards import ShardDataset
 from blip.data.sources import class_names, found_kind, read_source, shows_videos
+from blip.data.streams.shards import ShardDataset
 from blip.data.video import a_few
 
 CountTokens = Callable[[list[str]], list[int]]

@@ -20,7 +20,7 @@ from blip.batch import Batch
 from blip.data.collate import Tokenize, TokenizeColumns, collate, merge
 from blip.data.mixing import Draw, MapDataset, MapSource, Plan, Reader, Share, global_id, mixture_weights
 from blip.data.samples import BadRecord
-from blip.data.shards import ShardDataset, ShardSource
+from blip.data.streams.shards import ShardDataset, ShardSource
 from blip.data.workers import Failure, PartStream
 from blip.errors import BlipError, CheckpointError, ConfigError, DataError
 

@@ -13,10 +13,10 @@ from blip.config.schema import DatasetConfig
 from blip.data.catalog import table as catalog
 from blip.data.catalog.scoring import scoring
 from blip.data.catalog.table import CATALOG, Row
-from blip.data.fetch import is_remote
 from blip.data.readers import detect
-from blip.data.stores import LocalShards, RemoteShards, Store, find_urls
-from blip.data.tars import find_shards
+from blip.data.streams.fetch import is_remote
+from blip.data.streams.stores import LocalShards, RemoteShards, Store, find_urls
+from blip.data.streams.tars import find_shards
 from blip.errors import ConfigError, DataError, hint
 
 log = logging.getLogger(__name__)

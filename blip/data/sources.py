@@ -21,7 +21,7 @@ from blip.data.makers import NAMED, Defaults, make_maker
 from blip.data.readers import Record, read_file
 from blip.data.records import HfRecords, PackedRecords, SomeRecords, of_types, read_records, within_split
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.shards import ShardDataset
+from blip.data.streams.shards import ShardDataset
 from blip.data.truth import (
     SceneJudge,
     all_answers,

@@ -48,7 +48,7 @@ from blip.data.datasets import PairDataset
 from blip.data.loader import LoaderConfig, TrainLoader
 from blip.data.records import read_records
 from blip.data.samples import SampleMaker
-from blip.data.shards import ShardDataset
+from blip.data.streams.shards import ShardDataset
 from blip.processors.image import (
     CLIP_MEAN,
     CLIP_STD,

@@ -20,9 +20,9 @@ from blip.config.schema import DatasetConfig
 from blip.data.browse import open_splits
 from blip.data.samples import SampleMaker
 from blip.data.scenes.make import make_scenes
-from blip.data.shards import Lane, ShardDataset
 from blip.data.sources import build_dataset
-from blip.data.tars import IMAGES, Ref, find_shards, payload
+from blip.data.streams.shards import Lane, ShardDataset
+from blip.data.streams.tars import IMAGES, Ref, find_shards, payload
 from tests.shard_server import serving
 
 MEMBERS = {

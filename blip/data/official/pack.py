@@ -30,8 +30,8 @@ from blip.data.locate import Source
 from blip.data.official.fetch import Web, WebError
 from blip.data.readers import Record
 from blip.data.samples import MALFORMED, BadRecord, read_image, sound
-from blip.data.shards import SIZES_FILE
 from blip.data.sources import found_kind, read_source
+from blip.data.streams.shards import SIZES_FILE
 from blip.errors import ConfigError, DataError, UsageError
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from blip.data.official.paths import Downloads, PathMapper
 from blip.data.official.urls import read_urls
 from blip.data.readers import Record, detect, read_file
 from blip.data.samples import MALFORMED, BadRecord
-from blip.data.shards import SIZES_FILE
-from blip.data.tars import find_shards, scan
+from blip.data.streams.shards import SIZES_FILE
+from blip.data.streams.tars import find_shards, scan
 from blip.errors import DataError, UsageError
 
 PROBES = 500

@@ -13,7 +13,7 @@ from blip.data.catalog import table as catalog
 from blip.data.catalog.instruct import QUESTIONS_OF
 from blip.data.catalog.table import CATALOG
 from blip.data.kinds import KINDS
-from blip.data.tars import expand
+from blip.data.streams.tars import expand
 from blip.errors import ConfigError, DataError
 
 

@@ -25,9 +25,9 @@ from blip import keyed
 from blip.data.collate import collate, merge
 from blip.data.loader import EvalLoader, LoaderConfig, TrainLoader
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.shards import ShardDataset
 from blip.data.skips import SkipLog
-from blip.data.stores import LocalShards, RemoteShards
+from blip.data.streams.shards import ShardDataset
+from blip.data.streams.stores import LocalShards, RemoteShards
 from blip.errors import CheckpointError, ConfigError, DataError
 from tests.shard_server import serving
 

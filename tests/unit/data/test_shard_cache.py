@@ -12,7 +12,7 @@ from typing import IO
 
 import pytest
 
-from blip.data.shard_cache import ShardCache
+from blip.data.streams.cache import ShardCache
 
 
 def put(cache: ShardCache, name: str, size: int = 10) -> IO[bytes]:

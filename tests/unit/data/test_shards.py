@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.shards import Lane, ShardDataset, num_lanes
-from blip.data.stores import LocalShards
-from blip.data.tars import Ref, expand, find_shards, scan
+from blip.data.streams.shards import Lane, ShardDataset, num_lanes
+from blip.data.streams.stores import LocalShards
+from blip.data.streams.tars import Ref, expand, find_shards, scan
 from blip.errors import ConfigError, DataError
 
 START = [0, 0, 0, 0, 0]

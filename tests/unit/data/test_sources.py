@@ -20,8 +20,8 @@ from blip.data.datasets import PairDataset
 from blip.data.evaluation import EvalPairs
 from blip.data.locate import MissingData, available_splits, locate, require_files
 from blip.data.makers import Defaults, make_maker, make_processor
-from blip.data.shards import ShardDataset
 from blip.data.sources import build_dataset, open_features
+from blip.data.streams.shards import ShardDataset
 from blip.errors import ConfigError, DataError
 
 SMALL = {"train": {"name": "blip2_image_train", "image_size": 16}}

@@ -13,13 +13,13 @@ import fsspec
 import pytest
 
 from blip.config.schema import DatasetConfig
-from blip.data import fetch
 from blip.data.browse import open_splits
 from blip.data.check import check_split
 from blip.data.locate import locate
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.shards import Lane, ShardDataset
-from blip.data.stores import RemoteShards, find_urls
+from blip.data.streams import fetch
+from blip.data.streams.shards import Lane, ShardDataset
+from blip.data.streams.stores import RemoteShards, find_urls
 from blip.errors import ConfigError, DataError
 from tests.shard_server import ShardServer, serving
 from tests.unit.data.test_shards import START, Pixels, pairs, write

@@ -12,8 +12,8 @@ from blip.data.datasets import PairDataset
 from blip.data.loader import LoaderConfig, TrainLoader
 from blip.data.records import read_records
 from blip.data.samples import BadRecord, SampleMaker, read_image
-from blip.data.shards import Lane, ShardDataset
 from blip.data.skips import SkipLog
+from blip.data.streams.shards import Lane, ShardDataset
 from blip.processors.image import Blip2ImageTrain
 from blip.processors.text import BlipCaption
 from tests.torture import PHOTOGRAPHS, bad_pictures, photographs, write_files, write_shard

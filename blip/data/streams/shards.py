@@ -20,8 +20,8 @@ import numpy as np
 from blip import dist, keyed
 from blip.data.mixing import Draw, Read, Share
 from blip.data.samples import BadRecord, SampleMaker
-from blip.data.stores import SIZES_FILE, LocalShards, Store, probe_all, reading
-from blip.data.tars import IMAGES, Ref, payload, scan_file
+from blip.data.streams.stores import SIZES_FILE, LocalShards, Store, probe_all, reading
+from blip.data.streams.tars import IMAGES, Ref, payload, scan_file
 from blip.errors import ConfigError, DataError
 from blip.together import on_main
 

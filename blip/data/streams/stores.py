@@ -23,10 +23,10 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from blip import keyed
-from blip.data import fetch
 from blip.data.samples import BadRecord
-from blip.data.shard_cache import ShardCache
-from blip.data.tars import bad_header, damage, expand
+from blip.data.streams import fetch
+from blip.data.streams.cache import ShardCache
+from blip.data.streams.tars import bad_header, damage, expand
 from blip.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
