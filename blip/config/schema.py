@@ -103,6 +103,9 @@ class DatasetConfig(Section):
     features: str | None = None
     """Folder that `blip cache_features` has written: training reads the frozen tower's states from there, in
     place of pictures. Relative to the data root, unless it is there as given."""
+    decoder: Literal["pil", "torchcodec"] = "pil"
+    """What decodes color JPEGs: Pillow, or torchcodec where it is installed, with the same pixels. All other
+    pictures are Pillow's; videos choose by what is installed."""
     format: Literal["auto", "json", "jsonl", "csv", "tsv", "folder", "shards", "hf"] = "auto"
     """Layout of `path`; `auto` tells by name and content."""
     split: str | None = None

@@ -148,10 +148,11 @@ class PairMaker(LabelMaker):
         if isinstance(image, list | tuple) and len(image) == 2:
             if self.features is not None:
                 return self.features.states(image[0], name), self.features.states(image[1], name)
-            return read_image(image[0], name), read_image(image[1], name)
+            first, second = (read_image(one, name, self.decoder) for one in image)
+            return first, second
         if self.features is not None:
             raise BadRecord("no_features", name, "one picture that holds both has no features of the two")
-        whole = read_image(image, name)  # type: ignore[arg-type]
+        whole = read_image(image, name, self.decoder)  # type: ignore[arg-type]
         if whole.width < 2:
             raise BadRecord("unreadable_image", name, "one pixel wide: it cannot be cut into two pictures")
         middle = min(max(round(whole.width * self.cut), 1), whole.width - 1)

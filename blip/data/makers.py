@@ -9,7 +9,7 @@ from typing import Any
 from blip.config.schema import DatasetConfig
 from blip.data.instruct import InstructMaker
 from blip.data.kinds import KINDS, LabelMaker, PairMaker, QuestionMaker
-from blip.data.samples import SampleMaker
+from blip.data.samples import SampleMaker, has_torchcodec
 from blip.errors import ConfigError, hint
 from blip.registry import PROCESSORS
 
@@ -66,6 +66,21 @@ def make_maker(
         own |= {"prompt": defaults.prompt} if defaults.prompt else {}
     entry = texts.get(stage) or next(iter(texts.values()), own)
     text = make_processor(entry, f"datasets.{name}.text_processor.{stage}", images=False)
+    if config.decoder == "torchcodec" and not has_torchcodec():
+        raise ConfigError(
+            f"datasets.{name}.decoder: torchcodec is not installed, or too old for pictures; 'pip install"
+            " torchcodec', or use pil"
+        )
+    maker = _maker_of(kind, config, vis, text, classes, train)
+    if config.decoder == "torchcodec" and maker.of_videos:
+        raise ConfigError(f"datasets.{name}.decoder: it is for pictures; leave it out for videos")
+    maker.decoder = config.decoder
+    return maker
+
+
+def _maker_of(
+    kind: str, config: DatasetConfig, vis: Any, text: Any, classes: Sequence[str], train: bool
+) -> SampleMaker:
     if kind == "instruct":
         return InstructMaker(vis, text, config.prompt, answered=train)
     if kind == "vqa":

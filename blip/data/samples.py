@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 import numpy as np
 from numpy.random import Generator
@@ -28,6 +28,10 @@ MAX_PIXELS = 89_478_485
 _HOLE = 16
 """Zeros at the end of a file that look like a hole."""
 
+_ORIENTATION = 0x0112
+"""EXIF's tag of how a camera was held."""
+
+Decoder = Literal["pil", "torchcodec"]
 Picture = bytes | str | Path
 """Content or path of a picture."""
 
@@ -147,6 +151,7 @@ class SampleMaker:
         prompt: put in front of every cleaned text.
         columns: our name -> the record's name, where they differ.
         features: where a frozen tower's states of the pictures come from, in place of pixels.
+        decoder: what decodes pictures, see `read_image`.
     """
 
     vis_processor: VisProcessor
@@ -154,6 +159,7 @@ class SampleMaker:
     prompt: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     features: FeatureSource | None = None
+    decoder: Decoder = "pil"
     what: ClassVar[str] = "caption"
     """What the text of a record is called."""
 
@@ -278,7 +284,7 @@ class SampleMaker:
             return {**sample, "damaged": damaged} if damaged else sample
         if self.features is not None:
             return {"image_embeds": self.features.states(image, name), "instance_id": name}
-        pixels = self.vis_processor.pixels(read_image(image, name), rng)
+        pixels = self.vis_processor.pixels(read_image(image, name, self.decoder), rng)
         return {"image": pixels, "image_norm": self.vis_processor.norm(), "instance_id": name}
 
     def read(
@@ -295,12 +301,17 @@ def sound(record: Mapping[str, Any], name: str) -> None:
         raise BadRecord("malformed_record", name, str(record[MALFORMED]))
 
 
-def read_image(image: Picture, name: str) -> Image.Image:
+def read_image(image: Picture, name: str, decoder: Decoder = "pil") -> Image.Image:
     """The decoded picture, first frame, in whatever mode it is stored.
 
     A picture that ends early, or in the zeros of an interrupted copy, is never filled up with grey, and one
     of more than `MAX_PIXELS` pixels is refused before it is decoded. Vector and script formats are not read:
     decoding those may run programs.
+
+    Args:
+        image: content or path.
+        name: of the record.
+        decoder: `torchcodec` decodes upright color JPEGs, with the same pixels; all else is Pillow's.
 
     Raises:
         BadRecord: with the cause.
@@ -312,13 +323,14 @@ def read_image(image: Picture, name: str) -> Image.Image:
             if opened.width * opened.height > MAX_PIXELS:
                 size = f"{opened.width} x {opened.height}"
                 raise BadRecord("too_large", name, f"{where} has {size} pixels".strip())
-            opened.load()
+            fast = _by_torchcodec(opened, image) if decoder == "torchcodec" else None
+            opened.load() if fast is None else None
             if opened.format == "JPEG" and _ends_in_a_hole(image):
                 raise BadRecord(
                     "truncated_image", name, f"{where}: zeros where its end should be".strip(": ")
                 )
             # `with` closes the file, not the pixels; a copy-free way to keep them is the object itself.
-            return opened
+            return fast or opened
     except BadRecord:
         raise
     except Exception as error:  # decoders of hostile files raise whatever they like; all of it is counted
@@ -394,6 +406,33 @@ def _cause(error: Exception, image: Picture) -> str:
     if isinstance(error, EOFError) or "truncated" in str(error).lower():
         return "truncated_image"
     return "unreadable_image"
+
+
+def has_torchcodec() -> bool:
+    """Whether torchcodec is installed, and works, and reads pictures."""
+    return _decode_jpeg() is not None
+
+
+@functools.cache
+def _decode_jpeg() -> Callable[..., Tensor] | None:
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, RuntimeError, OSError):  # as with videos
+        return None
+    return decode_jpeg
+
+
+def _by_torchcodec(opened: Image.Image, image: Picture) -> Image.Image | None:
+    """The pixels of a JPEG; None where Pillow decides: it turns none upright, and names what is wrong."""
+    decode_jpeg = _decode_jpeg()
+    upright = opened.getexif().get(_ORIENTATION, 1) == 1
+    if decode_jpeg is None or opened.format != "JPEG" or opened.mode != "RGB" or not upright:
+        return None
+    try:
+        pixels = decode_jpeg(image)  # uint8 (3, H, W)
+    except (RuntimeError, ValueError, OSError):
+        return None
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def _ends_in_a_hole(image: Picture) -> bool:

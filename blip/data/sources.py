@@ -137,7 +137,7 @@ def _told(
         templates=templates,
         classes=classes,
     )
-    told.answered = train
+    told.answered, told.decoder = train, maker.decoder
     if source.ocr is not None and any("ocr" in places(template) for template in templates):
         if not source.ocr.is_file():
             problem = f"datasets.{name}.ocr_file: no file {str(source.ocr)!r}; empty goes without such words"

@@ -129,7 +129,7 @@ def test_the_same_scores_come_from_evaluating_the_run(
             "nlvr",
             "multimodal_classification",
             "overall",
-            "the evaluation gives no 'overall'; choose from acc, ty",
+            "the evaluation gives no 'overall'; choose from AUC, acc, type_*",
         ),
         (
             "nlvr",
