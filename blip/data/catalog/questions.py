@@ -362,7 +362,8 @@ QUESTIONS: dict[str, Row] = {
         images="visdial/images",
         about="VisDial 1.0: dialogs of ten questions, 100 candidate answers each",
         pictures="VisDial's VisualDialog_val2018.zip, unpacked into a folder of this name",
-        annotations="visdial_1.0_val.json as VisDial distributes it",
+        annotations="visdial_1.0_val.json as VisDial distributes it; for NDCG also its"
+        " visdial_1.0_val_dense_annotations.json beside it",
         licence=f"dialogs CC BY 4.0; {COCO_LICENCE}",
         sizes={"val": Size(20_640, 2_064)},
         templates="dialog",
