@@ -200,6 +200,7 @@ def pretrained_model(source: str, config: LLMConfig, data_root: str | Path | Non
             f"model.llm_model: {source!r} lacks {len(missing)} tensors ({some(missing)}), which would be"
             " random; is it the weights of a language model with its head?"
         )
+    _keep_as_stored(model)
     extra = sorted(info["unexpected_keys"])
     parts = [f"llm: {len(model.state_dict())} tensors from {source}"]
     parts += [f"quantised to {config.quantization}"] if config.quantization != "none" else []
@@ -235,6 +236,17 @@ def _quantised(config: LLMConfig) -> dict[str, Any]:
     if device.type == "cuda":
         place = torch.cuda.current_device() if device.index is None else device.index
     return {"quantization_config": how, "device_map": {"": place}, "dtype": dtype}
+
+
+def _keep_as_stored(model: Any) -> None:
+    """Leave weights of 4 bits as they are on CPUs that have AVX512-BF16.
+
+    There bitsandbytes repacks a layer for good the first time it sees an input without gradients, so that no
+    gradient passes the layer any more: none would reach the Q-Former after the first evaluation.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
 
 
 def own_dtype(config: LLMConfig, device: torch.device) -> torch.dtype:

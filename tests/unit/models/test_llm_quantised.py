@@ -94,6 +94,17 @@ def test_its_texts_do_not_depend_on_the_batch(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", STORED)
+def test_gradients_pass_after_an_evaluation_as_before(folder: Path, how: str) -> None:
+    llm = load(folder, quantization=how)
+    before, after = batch(llm), batch(llm)
+    llm.loss(**before).backward()
+    rules = Decoding(llm.tokenizer.end_id, llm.tokenizer.pad_id, max_length=6)
+    llm.generate(before["prefix"].detach(), *llm.tokenizer.prompt(PROMPTS), rules)
+    llm.loss(**after).backward()
+    assert after["prefix"].grad.equal(before["prefix"].grad)
+
+
+@pytest.mark.parametrize("how", STORED)
 def test_additions_learn_while_the_few_bits_stay(folder: Path, how: str) -> None:
     pytest.importorskip("peft")
     names = ["q_proj", "v_proj"] if "llama" in (folder / "config.json").read_text() else ["q", "v"]
