@@ -122,6 +122,11 @@ class PackedRecords:
         file = self._file(index)
         return f"{self._files[file]}[{index - int(self._starts[file])}]"
 
+    def origin(self, index: int) -> tuple[str, str]:
+        """The file of a record, and the folder that its picture's path starts from."""
+        file = self._file(index)
+        return self._files[file], self._roots[file]
+
     def _file(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
@@ -180,6 +185,10 @@ class HfRecords:
         """Folder and row number, for messages."""
         return f"{self._where}[{index}]"
 
+    def origin(self, index: int) -> tuple[str, str]:
+        """The folder, and that which paths of pictures start from."""
+        return self._where, self._root
+
 
 class SomeRecords:
     """Some of other records, with their own numbers.
@@ -215,6 +224,10 @@ class SomeRecords:
     def where(self, index: int) -> str:
         """File and number within it of a record, for messages."""
         return self._records.where(int(self._numbers[index]))
+
+    def origin(self, index: int) -> tuple[str, str]:
+        """The file of a record, and the folder that its picture's path starts from."""
+        return self._records.origin(int(self._numbers[index]))
 
 
 class ById:

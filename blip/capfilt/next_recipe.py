@@ -1,0 +1,107 @@
+"""The recipe that trains on what was kept: that of pre-training, with other datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from blip.capfilt.output import Made
+from blip.config.load import load_config
+from blip.config.schema import Config, DatasetConfig
+from blip.data.locate import available_splits, locate
+from blip.tasks.capfilt import CapFiltRun
+
+
+def passed_on(run: CapFiltRun) -> list[str]:
+    """What holds for the recipes of training, too, where it is given."""
+    values = {"data_root": run.data_root, "device": run.device, "deterministic": run.deterministic}
+    return [
+        f"run.{key}={json.dumps(value)}"
+        for key, value in values.items()
+        if value not in (None, "auto", False)
+    ]
+
+
+def next_recipe(config: Config, run: CapFiltRun, folder: Path, made: Mapping[str, Made]) -> Config | None:
+    """The recipe `run.pretrain`, to train on what was made and on what people wrote; None: there is none.
+
+    What the recipe is evaluated on stays. Datasets without processors get those of the recipe's dataset of
+    the same name, else of its first one.
+
+    Args:
+        config: of CapFilt.
+        run: its section `run`.
+        folder: of what was made.
+        made: NAME, or NAME-SPLIT -> what was made of it.
+    """
+    if run.pretrain.recipe is None:
+        return None
+    found = load_config(run.pretrain.recipe, [*run.pretrain.options, *passed_on(run)])
+    known = found.datasets
+    first = next(iter(known.values()), DatasetConfig())
+    sections = {
+        name: _section(_origin(config.datasets, name), folder, one) for name, one in made.items() if one.texts
+    }
+    sections |= {name: known.get(name, config.datasets[name]) for name in run.human}
+    found.datasets = {}
+    for name, section in sections.items():
+        like = known.get(name, first)
+        found.datasets[name] = replace(
+            section,
+            vis_processor=section.vis_processor or like.vis_processor,
+            text_processor=section.text_processor or like.text_processor,
+        )
+    wanted = [*found.run.valid_splits, *found.run.test_splits]
+    for name, section in known.items():
+        have = [s for s in available_splits(name, section, run.data_root) if s in wanted]
+        if name not in found.datasets and have:
+            found.datasets[name] = _only(name, section, have, run.data_root)
+    return found
+
+
+def _origin(sections: Mapping[str, DatasetConfig], name: str) -> DatasetConfig:
+    """The section that NAME, or NAME-SPLIT, was made of."""
+    return sections[name] if name in sections else sections[name.rpartition("-")[0]]
+
+
+def _section(web: DatasetConfig, folder: Path, made: Made) -> DatasetConfig:
+    """What was made, to be trained on as the web's was."""
+    paths = [made.path] if isinstance(made.path, str) else made.path
+    places = [str((folder / path).resolve()) for path in paths]
+    return replace(
+        web,
+        path=places[0] if len(places) == 1 else places,
+        images=made.images,
+        format="auto",
+        split=None,
+        columns={},
+        types=[],
+        build_info={},
+        features=None,
+        remote=False,
+        cache_dir=None,
+        num_samples=None,
+        max_samples=None,
+    )
+
+
+def _only(
+    name: str, section: DatasetConfig, splits: Sequence[str], data_root: str | Path | None
+) -> DatasetConfig:
+    """Some splits of a dataset."""
+    if len(splits) == 1:
+        return replace(section, split=splits[0])
+    sources = {split: locate(name, section, split, data_root) for split in splits}
+    return replace(
+        section,
+        path={split: [str(path.resolve()) for path in source.paths] for split, source in sources.items()},
+        images={
+            split: [str(root) for root in source.roots]
+            for split, source in sources.items()
+            if all(source.roots)
+        }
+        or None,
+        columns=next(iter(sources.values())).columns,
+    )
