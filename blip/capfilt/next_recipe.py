@@ -68,12 +68,11 @@ def _origin(sections: Mapping[str, DatasetConfig], name: str) -> DatasetConfig:
 
 def _section(web: DatasetConfig, folder: Path, made: Made) -> DatasetConfig:
     """What was made, to be trained on as the web's was."""
-    paths = [made.path] if isinstance(made.path, str) else made.path
-    places = [str((folder / path).resolve()) for path in paths]
+    places = [str((folder / path).resolve()) for path in made.paths]
     return replace(
         web,
-        path=places[0] if len(places) == 1 else places,
-        images=made.images,
+        path=places,
+        images=made.images or None,
         format="auto",
         split=None,
         columns={},

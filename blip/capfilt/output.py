@@ -32,11 +32,12 @@ _TABLES = {"csv": ",", "tsv": "\t"}
 class Made(NamedTuple):
     """A dataset that was written."""
 
-    path: str | list[str]
-    """As `datasets.NAME.path`, within the folder."""
-    images: str | list[str] | None
-    """As `datasets.NAME.images`; None: beside `path`, or in shards."""
+    paths: list[str]
+    """Its files, or the folder of its shards, below that of all datasets."""
+    images: list[str]
+    """For each file the folder that its pictures' paths start from; empty for shards."""
     texts: int
+    """Kept; of shards, samples that any text is kept of."""
 
 
 Choose = Callable[[Mapping[str, Any]], list[dict[str, Any]]]
@@ -141,10 +142,7 @@ def write_records(
                 writer.end()
 
     _write_together({file: folder / name for file, name in files.names.items()}, write)
-    names = list(files.names.values())
-    roots = list(files.roots.values())
-    single = len(names) == 1
-    return Made(names[0] if single else names, roots[0] if single else roots, count)
+    return Made([f"{folder.name}/{name}" for name in files.names.values()], list(files.roots.values()), count)
 
 
 def _write_together(places: Mapping[str, Path], write: Callable[[Mapping[str, Path]], None]) -> None:

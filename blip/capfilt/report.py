@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from blip import atomic, keyed
-from blip.capfilt.journal import Journal
 from blip.capfilt.select import ORIGINS, RANGES, Thresholds, fulfils
 from blip.capfilt.units import Unit
+from blip.capfilt.work import Work
 from blip.data.samples import BadRecord, read_image
 from blip.engine.charts import histogram
 from blip.engine.report import details, page, section, thumbnail
@@ -20,9 +20,6 @@ EXAMPLES = 12
 """Of each kind that are shown."""
 _LOOKED_AT = 4000
 """Pictures of a dataset among which examples are looked for."""
-
-Work = tuple[str, Unit, Journal]
-"""Name in the summary, unit, and what was found about it."""
 
 
 def write_report(folder: Path, summary: Mapping[str, Any], work: Sequence[Work], least: Thresholds) -> Path:
@@ -37,8 +34,9 @@ def write_report(folder: Path, summary: Mapping[str, Any], work: Sequence[Work],
     title = f"{folder.resolve().parent.name}, round {summary['round']}"
     parts = [_header(title, summary)]
     for name, counts in summary["datasets"].items():
-        units = [(unit, journal) for key, unit, journal in work if key == name]
+        units = [one for one in work if one.pool.name == name]
         parts.append(_counts(name, counts))
+        parts.append(_truth(name, counts.get("truth", {})))
         parts.append(section(f"{escape(name)}: scores", _histograms(counts, least), "charts"))
         accepted, rejected = _examples(units, least)
         for what, found in (("kept", accepted), ("removed", rejected)):
@@ -89,6 +87,24 @@ def _counts(name: str, counts: Mapping[str, Any]) -> str:
     return section(escape(name), [table], "tables")
 
 
+def _truth(name: str, found: Mapping[str, Any]) -> str:
+    """What is known of the embedded web scenes."""
+    if not found:
+        return ""
+    rows = [
+        f"<tr><th>{escape(kind)}</th><td>{row['texts']}</td><td>{row['kept']}</td>"
+        f"<td>{1 - row['kept'] / max(row['texts'], 1):.1%}</td></tr>"
+        for kind, row in found["kinds"].items()
+    ]
+    head = "<th></th><th>texts</th><th>kept</th><th>removed</th>"
+    figures = "".join(
+        f"<li>{escape(key)}: {value:.4g}</li>" for key, value in found.items() if isinstance(value, float)
+    )
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    table = f'<div class="table"><table>{body}</table></div>'
+    return section(f"{escape(name)}: beside the truth", [table, f"<ul>{figures}</ul>"], "tables")
+
+
 def _histograms(counts: Mapping[str, Any], least: Thresholds) -> list[str]:
     titles = {"itm": "ITM, probability of a match", "itc": "ITC, cosine"}
     found = []
@@ -99,15 +115,13 @@ def _histograms(counts: Mapping[str, Any], least: Thresholds) -> list[str]:
     return found
 
 
-def _examples(
-    units: Sequence[tuple[Unit, Journal]], least: Thresholds
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _examples(work: Sequence[Work], least: Thresholds) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Cards of kept and of removed texts, by origin, of pictures here and there."""
     accepted: dict[str, list[str]] = {origin: [] for origin in ORIGINS}
     rejected: dict[str, list[str]] = {origin: [] for origin in ORIGINS}
     looked = 0
-    for at in keyed.permutation(len(units), "examples").tolist():
-        unit, journal = units[at]
+    for at in keyed.permutation(len(work), "examples").tolist():
+        unit, journal = work[at].unit, work[at].journal
         for number, line in enumerate(journal.lines()):
             looked += 1
             for text in line.get("texts", ()):

@@ -19,6 +19,8 @@ from PIL import Image
 
 from blip import keyed
 from blip.config.schema import DatasetConfig
+from blip.data.catalog import table as catalog
+from blip.data.catalog.table import CATALOG
 from blip.data.datasets import Records
 from blip.data.locate import locate
 from blip.data.readers import detect
@@ -50,6 +52,15 @@ class Entry(NamedTuple):
     texts: list[WebText]
 
 
+class TruthFiles(NamedTuple):
+    """What is known of the embedded web scenes."""
+
+    corrupted: Path
+    """What was done to each text."""
+    scenes: Path
+    """What is in each picture."""
+
+
 class Unit(Protocol):
     """Pictures that are worked on together, n of them."""
 
@@ -77,19 +88,6 @@ class Unit(Protocol):
         ...
 
 
-class Pool(Protocol):
-    """A dataset's split as units."""
-
-    name: str
-    """Of the dataset."""
-
-    def units(self) -> Sequence[Unit]: ...
-
-    def describe(self) -> dict[str, Any]:
-        """What its units are made of: those of other files cannot be gone on with."""
-        ...
-
-
 @dataclass
 class RecordPool:
     """Pictures of annotation files, image folders or Hugging Face folders; those of one picture together.
@@ -100,6 +98,7 @@ class RecordPool:
         layout: of their files; `auto` where each tells its own.
         part_size: pictures of a unit.
         captioned: whether the records have texts.
+        truth: files that tell what was done to the texts, and what is in the pictures.
     """
 
     name: str
@@ -107,6 +106,7 @@ class RecordPool:
     layout: str
     part_size: int
     captioned: bool = True
+    truth: TruthFiles | None = None
 
     def __post_init__(self) -> None:
         # Picture after picture, in order of appearance, with the records of each.
@@ -204,10 +204,12 @@ class ShardPool:
     Args:
         name: of the dataset.
         data: the shards.
+        truth: files that tell what was done to the texts, and what is in the pictures.
     """
 
     name: str
     data: ShardDataset
+    truth: TruthFiles | None = None
 
     @property
     def num_pictures(self) -> int:
@@ -324,9 +326,22 @@ def texts_of(caption: Any) -> list[Any]:
 
 
 def open_pool(
-    name: str, section: DatasetConfig, split: str, part_size: int, data_root: str | Path | None = None
+    name: str,
+    section: DatasetConfig,
+    split: str,
+    part_size: int,
+    data_root: str | Path | None = None,
+    called: str = "",
 ) -> RecordPool | ShardPool:
-    """The units of one split of a dataset. Call it on every rank.
+    """The units of one split of a dataset.
+
+    Args:
+        name: of the section.
+        section: the section.
+        split: which of its splits.
+        part_size: pictures of a unit, where they do not lie in shards.
+        data_root: as `run.data_root`.
+        called: what the units call it; empty: by its name.
 
     Raises:
         DataError: files or pictures are missing.
@@ -335,7 +350,8 @@ def open_pool(
     source = locate(name, section, split, data_root)
     if source.layout == "shards":
         maker = SampleMaker(None, str, columns=source.columns)  # type: ignore[arg-type]  # nothing is made
-        return ShardPool(name, ShardDataset(name, source.shards, maker, image_ids=False))
+        data = ShardDataset(name, source.shards, maker, image_ids=False)
+        return ShardPool(called or name, data, _truth(name, section, split, data_root))
     source.captioned = False  # a folder of pictures will do
     records = read_source(name, source, section.max_samples, wanted="caption")
     captioned = "caption" in records.columns
@@ -349,7 +365,16 @@ def open_pool(
     if not len(records):
         raise DataError(f"datasets.{name}: no records")
     hf = isinstance(records, HfRecords) or any(detect(path) == "hf" for path in source.paths)
-    return RecordPool(name, records, "hf" if hf else source.layout, part_size, captioned)
+    layout, truth = "hf" if hf else source.layout, _truth(name, section, split, data_root)
+    return RecordPool(called or name, records, layout, part_size, captioned, truth)
+
+
+def _truth(name: str, section: DatasetConfig, split: str, data_root: str | Path | None) -> TruthFiles | None:
+    row = CATALOG.get(name) if section.path is None else None
+    if row is None or split not in row.corrupted:
+        return None
+    root = catalog.data_root(data_root)
+    return TruthFiles(root / row.corrupted[split], root / row.judged[split])
 
 
 def number_of(name: str) -> int:
