@@ -96,6 +96,8 @@ class Dataset:
         made = self._folder / MADE_FILE
         if place.is_file() and made.is_file() and json.loads(place.read_bytes()) == self._stamp:
             return True
+        for leftover in self._draft.rglob(f"{PARTIAL}*.*"):  # of a process that was killed
+            leftover.unlink()
         if not (begun.is_file() and json.loads(begun.read_bytes()) == self._stamp):
             shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)

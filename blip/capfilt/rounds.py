@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from blip import dist
-from blip.atomic import write_text
+from blip.atomic import PARTIAL, write_text
 from blip.build import joined, train
 from blip.capfilt.bootstrap import Bootstrap, bad_line, load_batches, load_expert
 from blip.capfilt.dataset import Dataset
@@ -115,7 +115,7 @@ class Round:
         Args:
             start: what those of this round start from.
         """
-        on_main(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        on_main(self._begin)
         if self.number > 1:
             start = self._train("pretrain", str(self.before / RECIPE_FILE), [])
         run = self.run
@@ -124,12 +124,18 @@ class Round:
         self._bootstrap(captioner, judge)
         return start
 
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{PARTIAL}*.*"):  # of a process that was killed
+            leftover.unlink()
+
     def _made(self, name: str, expert: ExpertConfig, start: str | None) -> ExpertConfig:
         """Weights of the captioner or filter, fine-tuned where there is a recipe."""
-        if expert.recipe is None:
+        recipe = expert.tuned_by
+        if recipe is None:
             return expert
         begin = [f"model.init_from={json.dumps(start)}"] if start is not None else []
-        return ExpertConfig(checkpoint=self._train(name, expert.recipe, [*begin, *expert.options]))
+        return ExpertConfig(checkpoint=self._train(name, recipe, [*begin, *expert.options]))
 
     def _train(self, name: str, recipe: str, options: Sequence[str]) -> str:
         """Run a recipe of `blip train` to its end, or go on with it; returns its folder."""
@@ -321,10 +327,10 @@ def _try(config: Config, web: dict[str, list[str]]) -> None:
     there: dict[str, ExpertConfig | None] = dict.fromkeys(wanted)
     for name in (name for name, needed in wanted.items() if needed):
         expert: ExpertConfig = getattr(run, name)
-        if expert.recipe is None:
+        if expert.tuned_by is None:
             there[name] = expert
         else:
-            log.info("%s: %s would make it", name, expert.recipe)
+            log.info("%s: %s would make it", name, expert.tuned_by)
     if not any(there.values()):
         return
     strap = load_bootstrap(run, there["captioner"], there["filter"], Parallel(run))

@@ -102,9 +102,9 @@ def check(config: Config, web: Mapping[str, Sequence[str]]) -> None:
     require_files([(n, config.datasets[n], s) for n, splits in web.items() for s in splits], run.data_root)
     wanted = [run.captioner] * bool(run.captions.num) + [run.filter] * run.keep.needs_scores
     for expert in [*wanted, run.pretrain]:
-        if expert.recipe is None:
+        if expert.tuned_by is None:
             continue
-        recipe = load_config(expert.recipe, [*expert.options, *passed_on(run)])
+        recipe = load_config(expert.tuned_by, [*expert.options, *passed_on(run)])
         if expert is run.pretrain and run.rounds == 1:
             continue  # it is only written down
         root = recipe.run.data_root

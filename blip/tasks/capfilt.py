@@ -30,7 +30,7 @@ class ExpertConfig(Section):
     options: list[str] = field(default_factory=list)
     """Changes of the recipe, `key=value` each, such as datasets.coco_caption=null."""
     checkpoint: str | None = None
-    """Or take these weights: run folder, LAVIS's .pth, Hugging Face folder or id."""
+    """Or take these weights, which win over a recipe: run folder, LAVIS's .pth, Hugging Face folder or id."""
     arch: str | None = None
     """Registry name of the model; None: the checkpoint's. Without a checkpoint, its published weights."""
     model_type: str | None = None
@@ -40,6 +40,11 @@ class ExpertConfig(Section):
     def given(self) -> bool:
         """Whether weights are named."""
         return self.checkpoint is not None or self.arch is not None
+
+    @property
+    def tuned_by(self) -> str | None:
+        """The recipe that makes it; None: weights are named, or nothing is."""
+        return None if self.given else self.recipe
 
 
 @dataclass
@@ -181,8 +186,6 @@ class CapFiltRun(CommandRun):
 
     def _expert_problems(self, name: str, wanted: bool) -> list[str]:
         expert: ExpertConfig = getattr(self, name)
-        if expert.recipe is not None and expert.given:
-            return [f"{name}.recipe: there is a checkpoint or arch, too; give one of them"]
         if expert.options and expert.recipe is None:
             return [f"{name}.options: they change a recipe, and there is none"]
         if wanted and expert.recipe is None and not expert.given:
@@ -192,7 +195,7 @@ class CapFiltRun(CommandRun):
     def _round_problems(self) -> list[str]:
         if self.pretrain.recipe is None:
             return [f"pretrain.recipe: {self.rounds} rounds need one"]
-        tuned = [expert for expert in (self.captioner, self.filter) if expert.recipe is not None]
+        tuned = [expert for expert in (self.captioner, self.filter) if expert.tuned_by is not None]
         if not tuned:
             return [
                 f"rounds: {self.rounds}, but captioner and filter are given weights, so a further round would"
