@@ -35,10 +35,11 @@ class Journal:
         try:
             with self.path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 256))
-                last = file.read().rstrip(b"\n").rpartition(b"\n")[2]
+                end = file.read()
         except OSError:
             return False
-        return last.startswith(b'{"done"')
+        last = end[:-1].rpartition(b"\n")[2]
+        return end.endswith(b"\n") and last.startswith(b'{"done"')
 
     def begin(self, batch_size: int, pictures: int) -> int:
         """Drop what is left of an unfinished batch.

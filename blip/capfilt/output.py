@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,8 @@ from blip.data.streams.tars import add_sample
 from blip.errors import DataError
 
 PROVENANCE = "provenance"
-_TABLES = {"csv": ",", "tsv": "\t"}
+FORMATS = ("json", "jsonl", "csv", "tsv")
+_TABLES = ("csv", "tsv")
 
 
 class Made(NamedTuple):
@@ -177,8 +179,8 @@ class _Files:
         stem, _, ending = file.name.removesuffix(".gz").rpartition(".")
         if file.is_dir() or not stem:
             stem, ending = file.name or name, "jsonl"
-        elif ending.lower() not in ("json", "jsonl", *_TABLES):
-            ending = {"json": "json", "jsonl": "jsonl", "csv": "csv", "tsv": "tsv"}.get(detect(file), "jsonl")
+        elif ending.lower() not in FORMATS:
+            ending = found if (found := detect(file)) in FORMATS else "jsonl"
         taken = set(self.names.values())
         number, found = 1, f"{stem}.{ending}"
         while found in taken:
@@ -231,15 +233,15 @@ class _Writer:
 
     def __init__(self, file: TextIO, layout: str, columns: Iterable[str]) -> None:
         self._file, self._layout, self._first = file, layout, True
-        self._table: Any = None
+        self._columns = list(columns)
         if layout in _TABLES:
-            self._table = csv.DictWriter(file, list(columns), delimiter=_TABLES[layout], lineterminator="\n")
-            self._table.writeheader()
+            self._row(self._columns)
 
     def put(self, record: Mapping[str, Any]) -> None:
         """Add a record."""
-        if self._table is not None:
-            self._table.writerow(_flat(record))
+        if self._layout in _TABLES:
+            values = _flat(record)
+            self._row(["" if (value := values.get(name)) is None else str(value) for name in self._columns])
             return
         text = json.dumps(record, ensure_ascii=False, default=str)
         if self._layout == "json":
@@ -252,3 +254,9 @@ class _Writer:
         """Finish the file."""
         if self._layout == "json":
             self._file.write("[]\n" if self._first else "\n]\n")
+
+    def _row(self, values: Sequence[str]) -> None:
+        if self._layout == "csv":
+            csv.writer(self._file, lineterminator="\n").writerow(values)
+        else:  # such tables have no quotes, so a text has no tabs and lines
+            self._file.write("\t".join(re.sub(r"[\t\r\n]+", " ", value) for value in values) + "\n")

@@ -6,7 +6,6 @@ reference count; here all records are one byte array. A million records of 100 b
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import marshal
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from blip.data.pictures import hashed, number_pictures, picture_key
 from blip.data.readers import Record, detect, read_file
 from blip.data.samples import MALFORMED
 from blip.data.video import IMAGE_SUFFIXES
@@ -83,7 +83,7 @@ class PackedRecords:
         for number, record in enumerate(records):
             blob += marshal.dumps(record)
             ends.append(len(blob))
-            keys.append(_picture_key(record, number, roots[len(starts) - 1]))
+            keys.append(picture_key(record, number, roots[len(starts) - 1]))
             caption = record.get("caption")
             counts.append(len(caption) if isinstance(caption, list) else int(caption is not None))
         self._blob = np.frombuffer(blob, np.uint8)
@@ -155,7 +155,7 @@ class HfRecords:
             value = row[id_column]
             # Embedded pictures without an id count as different ones; hashing them would read them all.
             plain = value is not None and not isinstance(value, dict | bytes | list)
-            keys.append(_hash(f"picture {value}" if plain else f"record {number}"))
+            keys.append(hashed(f"picture {value}" if plain else f"record {number}"))
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self.num_captions = np.ones(len(dataset), np.int32)
         if caption := columns.get("caption"):
@@ -240,13 +240,13 @@ class ById:
 
     def __init__(self, records: PackedRecords, column: str) -> None:
         self._records = records
-        keys = np.array([_hash(f"{record.get(column)}") for record in records], np.uint64)
+        keys = np.array([hashed(f"{record.get(column)}") for record in records], np.uint64)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
 
     def get(self, value: Any) -> Record | None:
         """The record whose column has this value, as text; None: there is none."""
-        key = np.uint64(_hash(f"{value}"))
+        key = np.uint64(hashed(f"{value}"))
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             return None
@@ -455,40 +455,6 @@ def _read_hf(
     except DataError as error:
         raise DataError(f"datasets.{name}.path: {error}") from error
     return HfRecords(dataset, names, root, str(path))
-
-
-def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
-    """Consecutive numbers for equal keys, in order of appearance.
-
-    Args:
-        keys: uint64 (n,).
-
-    Returns:
-        int64 (n,), and how many different keys there are.
-    """
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse], len(first)
-
-
-def _picture_key(record: Record, number: int, root: str) -> int:
-    """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
-    if (image_id := record.get("image_id")) is not None:
-        return _hash(f"id {image_id}")
-    image, images, video = record.get("image"), record.get("images"), record.get("video")
-    if image is None and isinstance(video, list | str):
-        return _hash(f"video {root} {video}")
-    if isinstance(images, list):
-        return _hash(f"images {root} {images}")
-    if not isinstance(image, str):
-        return _hash(f"record {number}")
-    return _hash(f"image {image}" if image.startswith(os.sep) else f"image {root}{os.sep}{image}")
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _root(path: Path, root: Path | None) -> str:
