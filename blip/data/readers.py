@@ -6,6 +6,7 @@ A reader yields one dictionary per record. What one record spoils costs that rec
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -22,6 +23,12 @@ Record = dict[str, Any]
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Beside the pictures of a folder: `file_name` and captions, as Hugging Face's `imagefolder` has them."""
+
+NO_CAPTIONS = (
+    "pictures without captions; put a NAME.txt beside each NAME.jpg, or one metadata.csv with the columns"
+    " file_name and text"
+)
+"""What is wrong with a folder, and what to do."""
 
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
@@ -77,10 +84,19 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def open_text(path: Path) -> TextIO:
-    """A text file, or one that `gzip` has packed, whatever bytes it holds."""
+    """A text file, or one that `gzip` has packed, whatever bytes it holds.
+
+    Raises:
+        DataError: it is UTF-16, as spreadsheets save "Unicode text".
+    """
     # A byte that is not UTF-8 spoils its own caption (which becomes bad_text), not the whole file.
     how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    return gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how)
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", **how)
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}: its text is UTF-16; save it as UTF-8")
+    return path.open(**how)
 
 
 def read_json(path: Path) -> Iterator[Record]:
@@ -314,6 +330,7 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str] = ()) -> Itera
                 continue
             if header is None:
                 header = [name.strip() for name in row]
+                _check_header(header, path, delimiter)
             elif len(row) == len(header):
                 yield dict(zip(header, row, strict=True))
             else:
@@ -321,8 +338,19 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str] = ()) -> Itera
                 yield {MALFORMED: f"line {rows.line_num}: {reason}"}
 
 
+def _check_header(header: Sequence[str], path: Path, delimiter: str) -> None:
+    """Raise DataError where a table is one column because something else separates its fields."""
+    other = next((sign for sign in "\t;|," if sign != delimiter and sign in header[0]), None)
+    if len(header) == 1 and other is not None:
+        advice = {"\t": "set the dataset's format to tsv", ",": "set the dataset's format to csv"}
+        raise DataError(
+            f"{path}: its first line is one field, {header[0][:80]!r}, which {other!r} seems to separate;"
+            f" {advice.get(other, 'save it with commas, or as JSONL')}"
+        )
+
+
 def read_folder(path: Path) -> Iterator[Record]:
-    """Pictures of a folder and its subfolders, in order of name, with their captions.
+    """Pictures of a folder and its subfolders, linked ones too, in order of name, with their captions.
 
     Captions come from `metadata.csv` or `metadata.jsonl` in the folder (`file_name` and a caption column),
     else from a `.txt` of the same name beside each picture, one caption per line.
@@ -331,8 +359,7 @@ def read_folder(path: Path) -> Iterator[Record]:
         if (path / name).is_file():
             yield from read_file(path / name, name.rpartition(".")[2])
             return
-    for folder, folders, names in os.walk(path):
-        folders.sort()
+    for folder, names in _walk(path):
         for name in sorted(names):
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 continue
@@ -344,6 +371,37 @@ def read_folder(path: Path) -> Iterator[Record]:
                 captions = [line.strip() for line in lines if line.strip()]
                 record["caption"] = captions[0] if len(captions) == 1 else captions
             yield record
+
+
+def instead(path: Path) -> str:
+    """What to give in place of a file or folder without records."""
+    if not path.is_dir():
+        return "give a file that has some"
+    if any(path.rglob("*.parquet")):
+        return (
+            "it has Parquet files: datasets.load_dataset(THIS, split='train').save_to_disk(FOLDER) makes a"
+            " folder of them that is read"
+        )
+    return (
+        "give a folder of pictures, of .tar shards, or one that save_to_disk of Hugging Face's datasets wrote"
+    )
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names in them; each folder once, also where links lead around in a circle."""
+    seen = set()
+    for folder, folders, names in os.walk(path, onerror=_raise, followlinks=True):
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders.sort()
+        yield folder, names
+
+
+def _raise(error: OSError) -> None:
+    raise error  # `os.walk` would pass over what a folder holds
 
 
 def _kind(item: Any) -> str:
