@@ -34,6 +34,23 @@ _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
 
 
+def _every_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of records that have the same key none is lost, as of samples in shards."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found = {}
+    for key, value in pairs:
+        while isinstance(value, dict) and key in found:
+            key += "'"
+        found[key] = value
+    return found
+
+
+_PLAIN = json.JSONDecoder()
+_EVERY_RECORD = json.JSONDecoder(object_pairs_hook=_every_record)
+
+
 def read_file(path: Path, layout: str) -> Iterator[Record]:
     """The records of one annotation file or image folder.
 
@@ -117,7 +134,7 @@ def read_json(path: Path) -> Iterator[Record]:
                 f"{path}: neither a JSON list nor an object; {start}; give a list of records, each with an"
                 " image and a caption"
             )
-        content = stream.value()
+        content = stream.value(_EVERY_RECORD)
     yield from _records_of(content, path)
 
 
@@ -215,7 +232,6 @@ class _JsonStream:
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file, self._path = file, path
-        self._decoder = json.JSONDecoder()
         self._buffer, self._at, self._line = "", 0, 1
         self._more = True
         self._count: int | None = None
@@ -228,12 +244,12 @@ class _JsonStream:
             if self._at < len(self._buffer) or not self._refill():
                 return self._buffer[self._at : self._at + 1]
 
-    def value(self) -> Any:
+    def value(self, decoder: json.JSONDecoder = _PLAIN) -> Any:
         """The next value."""
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._buffer, self._at)
+                value, end = decoder.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError) as error:
                 if isinstance(error, ValueError) and self._refill():
                     continue

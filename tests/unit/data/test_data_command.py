@@ -207,6 +207,10 @@ WRONG = {
         ["check", "coco_captoin"],
         "neither a named dataset nor a file or folder.*did you mean 'coco_caption'",
     ),
+    "no file": (
+        ["check", "pairs.json"],
+        "pairs.json: neither a named dataset nor a file or folder, .*; 'blip data list' shows the names$",
+    ),
     "no split": (
         ["check", "scenes", "--split", "tset"],
         "--split tset: scenes has no such split; did you mean 'test'",

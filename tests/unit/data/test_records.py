@@ -117,6 +117,17 @@ def test_a_folder_gives_pictures_with_the_texts_beside_them(tmp_path: Path) -> N
     ]
 
 
+def test_records_of_the_same_id_are_all_read(tmp_path: Path) -> None:
+    rows = ", ".join(f'"{key}": {{"image": "{n}.jpg", "caption": "x"}}' for n, key in enumerate("abaa"))
+    path = write(
+        tmp_path / "ids.json", f'{{{rows}, "b": {{"image": "4.jpg", "caption": "x", "caption": "y"}}}}'
+    )
+    assert [(r["image"], r["caption"]) for r in read(path)] == [
+        *((f"{n}.jpg", "x") for n in range(4)),
+        ("4.jpg", "y"),
+    ]
+
+
 def test_a_folder_passes_over_no_picture_and_follows_links(tmp_path: Path) -> None:
     for name in ("in/a.jfif", "in/b.HEIC", "elsewhere/c.jpg"):
         write(tmp_path / name, b"x")
