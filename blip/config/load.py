@@ -312,7 +312,9 @@ class _Loader:
     def _dataset(self, name: str) -> DatasetConfig | None:
         path = ("datasets", name)
         if self.values.leaves.get(path, {}) != {}:
-            self.problem(path, f"{_shown(self.values.leaves[path])} is not a section of keys and values")
+            value = self.values.leaves[path]
+            advice = f"; write {'.'.join(path)}.path={value}" if isinstance(value, str) else ""
+            self.problem(path, f"{_shown(value)} is not a section of keys and values{advice}")
             return None
         tree = self.values.tree(path)
         located = tree.get("path") is not None or "build_info" in tree
