@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from blip.data.readers import Record, detect, read_file
+from blip.data.readers import NO_CAPTIONS, Record, detect, instead, read_file
 from blip.data.samples import MALFORMED
 from blip.data.video import IMAGE_SUFFIXES
 from blip.errors import DataError, hint
@@ -149,7 +149,7 @@ class HfRecords:
         for number, row in enumerate(light):
             value = row[id_column]
             # Embedded pictures without an id count as different ones; hashing them would read them all.
-            plain = value is not None and not isinstance(value, dict | bytes | list)
+            plain = value not in (None, "") and not isinstance(value, dict | bytes | list)
             keys.append(_hash(f"picture {value}" if plain else f"record {number}"))
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self.num_captions = np.ones(len(dataset), np.int32)
@@ -329,9 +329,7 @@ def read_records(
     files = [str(path) for path in paths]
     packed = PackedRecords(itertools.islice(stream, limit), places, starts, files, found)
     if not len(packed):
-        raise DataError(
-            f"datasets.{name}.path: {', '.join(files)} holds no records; give a file that has some"
-        )
+        raise DataError(f"datasets.{name}.path: {', '.join(files)} holds no records; {instead(paths[0])}")
     return packed
 
 
@@ -393,6 +391,8 @@ def _find_columns(
         del names["image"]
     for some in required(list(names)) if callable(required) else required:
         if present and not any(ours in names for ours in some):
+            if some[0] == "caption" and present == ["image"] and detect(path) == "folder":
+                raise DataError(f"{path} has {NO_CAPTIONS}")
             raise DataError(
                 f"{path} has no column {some[0]!r}, only {', '.join(present)}; name the one that holds it:"
                 f" datasets.{name}.columns: {{{some[0]}: ...}}{_meant(some[0], present)}"
@@ -461,7 +461,7 @@ def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _picture_key(record: Record, number: int, root: str) -> int:
     """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
-    if (image_id := record.get("image_id")) is not None:
+    if (image_id := record.get("image_id")) not in (None, ""):  # a table has empty fields
         return _hash(f"id {image_id}")
     image, images, video = record.get("image"), record.get("images"), record.get("video")
     if image is None and isinstance(video, list | str):
