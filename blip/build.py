@@ -453,9 +453,14 @@ def _used_splits(config: Config) -> dict[str, list[str]]:
         )
     splits = {split: _datasets_with(config, split) for split in wanted}
     known = {s for n, d in config.datasets.items() for s in available_splits(n, d, run.data_root)}
-    for split in (split for split, names in splits.items() if not names):
-        key = next(key for key in SPLIT_KEYS if split in getattr(run, key))
+    if absent := [split for split, names in splits.items() if not names]:
+        keys = [key for key in SPLIT_KEYS if set(absent) & set(getattr(run, key))]
+        split = next(split for split in absent if split in getattr(run, keys[0]))
+        advice = f"name its files, as in datasets.{next(iter(config.datasets))}.path: {{{split}: ...}}"
+        if "train_splits" not in keys and not run.evaluate:
+            advice += f", or do without: {' '.join(f'run.{key}=[]' for key in keys)}"
         raise ConfigError(
-            f"run.{key}: no dataset has a split {split!r}; there are {', '.join(sorted(known)) or 'none'}"
+            f"run.{keys[0]}: no dataset has a split {split!r}; there are"
+            f" {', '.join(sorted(known)) or 'none'}; {advice}"
         )
     return splits

@@ -178,7 +178,11 @@ def to_hf(model: BlipModel) -> Any:
 
 
 def load_dataset(
-    name: str, root: str | Path | None = None, split: str | Sequence[str] | None = None, **options: Any
+    name: str,
+    root: str | Path | None = None,
+    split: str | Sequence[str] | None = None,
+    vis_path: str | Path | None = None,
+    **options: Any,
 ) -> dict[str, Pairs]:
     """The image-text pairs of a dataset, by split: PIL pictures and texts as they are stored.
 
@@ -186,12 +190,15 @@ def load_dataset(
         name: of the catalogue (`blip data list`), or any other with a `path`.
         root: data root; None: the environment variable BLIP_DATA, else `data`.
         split: one or several; None: all of which files are there.
+        vis_path: LAVIS's name of `images`, the folder that the picture paths of the records start from.
         **options: what `datasets.NAME` of a configuration takes: `path`, `images`, `columns`, ...
 
     Raises:
         DataError: unknown name or split, or files that are missing; the message tells how to get them.
         ConfigError: unknown or wrong options.
     """
+    if vis_path is not None:
+        options["images"] = str(vis_path)
     return open_splits(name, root, [split] if isinstance(split, str) else split, options)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 class ShardServer:
@@ -38,7 +39,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server: ShardServer = self.server.shards  # type: ignore[attr-defined]
-        name = self.path.partition("?")[0].lstrip("/")
+        name = unquote(self.path.partition("?")[0].lstrip("/"))
         if codes := server.refuse.get(name):
             code = codes.pop(0) if len(codes) > 1 else codes[0]
             if code != 200:

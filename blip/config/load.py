@@ -212,13 +212,16 @@ class _Loader:
             self.problem(path, text)
 
     def _leave_out(self) -> None:
-        """Drop the file's datasets that the command line sets to null."""
+        """Drop the file's datasets that the command line sets to null, and what is published of them."""
         there = dict.fromkeys(path[1] for path in self.values.leaves if path[0] == "datasets" and path[1:])
         for name in self.left_out:
             if name not in there:
                 text = f"not in {self.recipe.shown}, so it cannot be left out{hint(name, there)}"
                 self.problem(("datasets", name), text, COMMAND_LINE)
             self.values.drop(("datasets", name))
+        rows = self.values.leaves.get(where := ("run", "published"))
+        if isinstance(rows, list) and self.values.origin(where) != COMMAND_LINE:
+            self.values.leaves[where] = [row for row in rows if _published_of(row) not in self.left_out]
 
     def _forget_task_keys(self) -> None:
         """Drop the keys that some task adds: without the task, they cannot be told from mistakes."""
@@ -314,7 +317,9 @@ class _Loader:
     def _dataset(self, name: str) -> DatasetConfig | None:
         path = ("datasets", name)
         if self.values.leaves.get(path, {}) != {}:
-            self.problem(path, f"{_shown(self.values.leaves[path])} is not a section of keys and values")
+            value = self.values.leaves[path]
+            advice = f"; write {'.'.join(path)}.path={value}" if isinstance(value, str) else ""
+            self.problem(path, f"{_shown(value)} is not a section of keys and values{advice}")
             return None
         tree = self.values.tree(path)
         located = tree.get("path") is not None or "build_info" in tree
@@ -437,6 +442,11 @@ def _convert(value: Any, annotation: Any) -> Any:
 
 def _likeness(key: str, known: str) -> float:
     return difflib.SequenceMatcher(None, key, known.rpartition(".")[2]).ratio()
+
+
+def _published_of(row: Any) -> str:
+    """The dataset that a row of `run.published` is of."""
+    return str(row.get("data")).rpartition("/")[0] if isinstance(row, dict) else ""
 
 
 def _items(value: Any) -> list[Any]:

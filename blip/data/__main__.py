@@ -297,9 +297,10 @@ def _section(args: argparse.Namespace) -> tuple[str, DatasetConfig]:
     root = catalog.data_root(args.data_root)
     pattern = any(sign in args.what for sign in "{*")
     if not pattern and not (root / args.what).exists() and not Path(args.what).exists():
+        meant = hint(args.what, CATALOG)
+        meant = meant if "did you mean" in meant else "; 'blip data list' shows the names"
         raise DataError(
-            f"{args.what}: neither a named dataset nor a file or folder, here or under {str(root)!r}"
-            f"{hint(args.what, CATALOG)}"
+            f"{args.what}: neither a named dataset nor a file or folder, here or under {str(root)!r}{meant}"
         )
     return Path(args.what).stem or "data", DatasetConfig(path=args.what, **values)
 

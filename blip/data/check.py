@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -54,6 +54,12 @@ class Report:
     """Different pictures, or pairs of them; in shards every sample has its own."""
     checked: int = 0
     """Pictures that were decoded, or failed to."""
+    judged: int = 0
+    """Usable texts of records whose picture was looked at; a record that needs no text has one."""
+    lost: int = 0
+    """Those of them whose picture cannot be used."""
+    bad_texts: int = 0
+    """Texts, records and shards that cannot be used, whatever their picture."""
     bad: list[BadRecord] = field(default_factory=list)
     samples: list[str] = field(default_factory=list)
     """A line each for some samples in order, the first and the last among them: name, size, mode, text."""
@@ -68,8 +74,17 @@ class Report:
 
     @property
     def bad_ratio(self) -> float:
-        """Share of records that cannot be used, of those that were looked at."""
-        return len(self.bad) / max(1, len(self.bad) + (self.texts or self.checked))
+        """Share of texts that cannot be used, or their picture cannot; what a run would count.
+
+        Where only some pictures were looked at, the others are taken to be as they are.
+        """
+        wrong = self.bad_texts / max(1, self.bad_texts + (self.texts or self.judged))
+        return wrong + (1 - wrong) * self.lost / max(1, self.judged)
+
+    def note(self, bad: list[BadRecord]) -> None:
+        """Count what cannot be used for another reason than its picture."""
+        self.bad += bad
+        self.bad_texts += len(bad)
 
     def add(self, texts: list[str], final: bool = False) -> None:
         """Count the tokens of usable texts, a thousand at a time."""
@@ -129,7 +144,8 @@ def check_split(
     report = Report(name, split, count_tokens)
     if source.layout == "shards":
         looker = _Looker(_Undecoded(), _cleaner("caption"), columns=source.columns)
-        work = _of_shards(report, ShardDataset(name, source.shards, looker, image_ids=False), limit)
+        shards = ShardDataset(name, source.shards, looker, image_ids=False)
+        _read_all(report, _of_shards(report, shards, limit), threads or _threads())
     else:
         records = read_source(name, source)
         kind = found_kind(source, records)
@@ -147,10 +163,15 @@ def check_split(
             maker = PairMaker(*parts, classes=classes)
         elif kind == "classification":
             maker = LabelMaker(*parts, classes=classes)
-        work = _of_records(report, records, maker, limit)
-    _read_all(report, work, threads or min(8, os.cpu_count() or 1))
+        shown = _Shown(len(records))
+        failed = _read_all(report, _of_records(report, records, maker, limit, shown), threads or _threads())
+        _note_others(report, shown, failed)
     report.add([], final=True)
     return report
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
 
 
 def _cleaner(kind: str) -> Any:
@@ -210,28 +231,70 @@ class _Pictures(SampleMaker):
         return {}
 
 
-_Work = Iterator[tuple[str, Any, str]]
-"""(name, picture or list of them, text) of every record whose picture is to be decoded."""
+class _Look(NamedTuple):
+    """A picture that is to be decoded."""
+
+    name: str
+    """Of the record."""
+    place: Any
+    """Path or content, the list of several, or a video."""
+    text: str
+    texts: int
+    """Usable texts of the record."""
+    key: int
+    """Equal for equal places."""
 
 
-def _of_records(report: Report, records: Records, maker: SampleMaker, limit: int | None) -> _Work:
+class _Shown:
+    """What each of n records shows, so that a picture of many records is decoded once and counted for all."""
+
+    def __init__(self, n: int) -> None:
+        self.keys = np.zeros(n, np.int64)
+        """Of the picture, where there is one."""
+        self.texts = np.zeros(n, np.int32)
+        """Usable texts whose picture is to be judged."""
+        self.looked = np.zeros(n, bool)
+        """Whether the picture was decoded for this record."""
+
+
+def _of_records(
+    report: Report, records: Records, maker: SampleMaker, limit: int | None, shown: _Shown
+) -> Iterator[_Look]:
     report.records, report.pictures = len(records), records.num_pictures
     chosen = _spread(records.num_pictures, limit)
-    seen = np.zeros(records.num_pictures, bool)
+    seen, first = np.zeros(records.num_pictures, bool), np.zeros(records.num_pictures, np.int64)
     for number in range(len(records)):
         name, record = f"{report.name}/{number}", records[number]
         texts, bad = _texts(maker, record, name)
-        report.bad += bad
+        report.note(bad)
         report.add([text for text in texts if text])
         picture = int(records.pictures[number])
-        if texts and not seen[picture] and picture in chosen:
-            seen[picture] = True
-            try:
-                place = pictures_of(records, number, record, maker, name)
-            except BadRecord as error:
-                report.bad.append(error)
-                continue
-            yield name, place, texts[0]
+        if not texts or picture not in chosen:
+            continue
+        try:
+            place = pictures_of(records, number, record, maker, name)
+        except BadRecord as error:
+            report.bad.append(error)
+            report.judged += len(texts)
+            report.lost += len(texts)
+            continue
+        key = hash(tuple(place) if isinstance(place, list) else place)
+        shown.keys[number], shown.texts[number] = key, len(texts)
+        # Records that share an `image_id` may still name different files.
+        if not seen[picture] or first[picture] != key:
+            first[picture] = first[picture] if seen[picture] else key
+            seen[picture] = shown.looked[number] = True
+            yield _Look(name, place, texts[0], len(texts), key)
+
+
+def _note_others(report: Report, shown: _Shown, failed: dict[int, BadRecord]) -> None:
+    """Count the records whose picture was looked at for another record."""
+    others = (shown.texts > 0) & ~shown.looked
+    report.judged += int(shown.texts[others].sum())
+    for number in np.flatnonzero(others & np.isin(shown.keys, list(failed))).tolist():
+        error = failed[int(shown.keys[number])]
+        report.bad.append(BadRecord(error.cause, f"{report.name}/{number}", error.detail))
+        report.lost += int(shown.texts[number])
 
 
 def _texts(maker: SampleMaker, record: dict[str, Any], name: str) -> tuple[list[str], list[BadRecord]]:
@@ -246,7 +309,7 @@ def _texts(maker: SampleMaker, record: dict[str, Any], name: str) -> tuple[list[
         return [], [error]
 
 
-def _of_shards(report: Report, shards: ShardDataset, limit: int | None) -> _Work:
+def _of_shards(report: Report, shards: ShardDataset, limit: int | None) -> Iterator[_Look]:
     # Where there are too many shards to count, the total is an estimate; a whole check looks beyond it.
     total, numbers = shards.num_samples, list(range(len(shards.labels)))
     if limit is not None and shards.shards.remote:  # so many pictures are no reason to fetch all shards
@@ -256,7 +319,7 @@ def _of_shards(report: Report, shards: ShardDataset, limit: int | None) -> _Work
     for shard in numbers:
         for entry in shards.stored(shard, ahead=len(numbers) == len(shards.labels)):
             if isinstance(entry, BadRecord):
-                report.bad.append(entry)
+                report.note([entry])
                 continue
             file, ref = entry
             number = report.records
@@ -266,12 +329,14 @@ def _of_shards(report: Report, shards: ShardDataset, limit: int | None) -> _Work
             try:
                 found = shards.sample(ref, file, 0, 0)
             except BadRecord as error:
-                report.bad.append(error)
+                report.note([error])
                 continue
-            report.bad += found["bad"]
-            report.add(found["texts"])
-            if found["texts"]:
-                yield f"{shards.labels[shard]}/{ref.key}", found["content"], found["texts"][0]
+            texts = found["texts"]
+            report.note(found["bad"])
+            report.add(texts)
+            if texts:
+                name = f"{shards.labels[shard]}/{ref.key}"
+                yield _Look(name, found["content"], texts[0], len(texts), number)
 
 
 def _spread(total: int, limit: int | None) -> range | set[int]:
@@ -280,30 +345,38 @@ def _spread(total: int, limit: int | None) -> range | set[int]:
     return set(np.linspace(0, total - 1, limit).round().astype(int).tolist())
 
 
-def _read_all(report: Report, work: _Work, threads: int) -> None:
-    """Decode all pictures in threads (decoders release the interpreter), in order."""
-    waiting: deque[Future[str | list[BadRecord]]] = deque()
+def _read_all(report: Report, work: Iterator[_Look], threads: int) -> dict[int, BadRecord]:
+    """Decode all pictures in threads (decoders release the interpreter), in order; what is wrong, by key."""
+    waiting: deque[tuple[_Look, Future[str | list[BadRecord]]]] = deque()
+    failed: dict[int, BadRecord] = {}
     began = told = time.monotonic()
+
+    def note() -> None:
+        look, future = waiting.popleft()
+        result = future.result()
+        report.checked += 1
+        report.judged += look.texts
+        if isinstance(result, str):
+            report.describe(result)
+            return
+        report.bad += result
+        if any(error.cause != "damaged_frame" for error in result):  # others stand in for a frame
+            report.lost += look.texts
+            failed[look.key] = result[0]
+
     with ThreadPoolExecutor(threads) as pool:
-        for name, place, text in work:
-            look = _describe_clip if isinstance(place, Clip) else _describe
-            waiting.append(pool.submit(look, name, place, text))
+        for look in work:
+            describe = _describe_clip if isinstance(look.place, Clip) else _describe
+            waiting.append((look, pool.submit(describe, look.name, look.place, look.text)))
             if len(waiting) > 4 * threads:  # pictures of shards wait in memory
-                _note(report, waiting.popleft().result())
+                note()
             if (now := time.monotonic()) - told > _SECONDS_BETWEEN_LINES:
                 told = now
                 rate = f"{report.checked} pictures, {report.checked / (now - began):.0f} per second"
                 print(f"{report.name} {report.split}: {rate}", file=sys.stderr, flush=True)
-        for future in waiting:
-            _note(report, future.result())
-
-
-def _note(report: Report, result: str | list[BadRecord]) -> None:
-    report.checked += 1
-    if isinstance(result, list):
-        report.bad += result
-    else:
-        report.describe(result)
+        while waiting:
+            note()
+    return failed
 
 
 def _describe_clip(name: str, clip: Clip, text: str) -> str | list[BadRecord]:

@@ -27,7 +27,7 @@ def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
 
 def picture_key(record: Record, number: int, root: str) -> int:
     """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
-    if (image_id := record.get("image_id")) is not None:
+    if (image_id := record.get("image_id")) not in (None, ""):  # a table has empty fields
         return hashed(f"id {image_id}")
     image, images, video = record.get("image"), record.get("images"), record.get("video")
     if image is None and isinstance(video, list | str):

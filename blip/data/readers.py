@@ -6,6 +6,7 @@ A reader yields one dictionary per record. What one record spoils costs that rec
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -23,8 +24,31 @@ Record = dict[str, Any]
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Beside the pictures of a folder: `file_name` and captions, as Hugging Face's `imagefolder` has them."""
 
+NO_CAPTIONS = (
+    "pictures without captions; put a NAME.txt beside each NAME.jpg, or one metadata.csv with the columns"
+    " file_name and text"
+)
+"""What is wrong with a folder, and what to do."""
+
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+
+
+def _every_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of records that have the same key none is lost, as of samples in shards."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found = {}
+    for key, value in pairs:
+        while isinstance(value, dict) and key in found:
+            key += "'"
+        found[key] = value
+    return found
+
+
+_PLAIN = json.JSONDecoder()
+_EVERY_RECORD = json.JSONDecoder(object_pairs_hook=_every_record)
 
 
 def read_file(path: Path, layout: str) -> Iterator[Record]:
@@ -77,10 +101,19 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def open_text(path: Path) -> TextIO:
-    """A text file, or one that `gzip` has packed, whatever bytes it holds."""
+    """A text file, or one that `gzip` has packed, whatever bytes it holds.
+
+    Raises:
+        DataError: it is UTF-16, as spreadsheets save "Unicode text".
+    """
     # A byte that is not UTF-8 spoils its own caption (which becomes bad_text), not the whole file.
     how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    return gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how)
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", **how)
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise DataError(f"{path}: its text is UTF-16; save it as UTF-8")
+    return path.open(**how)
 
 
 def read_json(path: Path) -> Iterator[Record]:
@@ -101,7 +134,7 @@ def read_json(path: Path) -> Iterator[Record]:
                 f"{path}: neither a JSON list nor an object; {start}; give a list of records, each with an"
                 " image and a caption"
             )
-        content = stream.value()
+        content = stream.value(_EVERY_RECORD)
     yield from _records_of(content, path)
 
 
@@ -199,7 +232,6 @@ class _JsonStream:
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file, self._path = file, path
-        self._decoder = json.JSONDecoder()
         self._buffer, self._at, self._line = "", 0, 1
         self._more = True
         self._count: int | None = None
@@ -212,12 +244,12 @@ class _JsonStream:
             if self._at < len(self._buffer) or not self._refill():
                 return self._buffer[self._at : self._at + 1]
 
-    def value(self) -> Any:
+    def value(self, decoder: json.JSONDecoder = _PLAIN) -> Any:
         """The next value."""
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._buffer, self._at)
+                value, end = decoder.raw_decode(self._buffer, self._at)
             except (ValueError, RecursionError) as error:
                 if isinstance(error, ValueError) and self._refill():
                     continue
@@ -314,6 +346,7 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str] = ()) -> Itera
                 continue
             if header is None:
                 header = [name.strip() for name in row]
+                _check_header(header, path, delimiter)
             elif len(row) == len(header):
                 yield dict(zip(header, row, strict=True))
             else:
@@ -321,8 +354,19 @@ def read_table(path: Path, delimiter: str, columns: Sequence[str] = ()) -> Itera
                 yield {MALFORMED: f"line {rows.line_num}: {reason}"}
 
 
+def _check_header(header: Sequence[str], path: Path, delimiter: str) -> None:
+    """Raise DataError where a table is one column because something else separates its fields."""
+    other = next((sign for sign in "\t;|," if sign != delimiter and sign in header[0]), None)
+    if len(header) == 1 and other is not None:
+        advice = {"\t": "set the dataset's format to tsv", ",": "set the dataset's format to csv"}
+        raise DataError(
+            f"{path}: its first line is one field, {header[0][:80]!r}, which {other!r} seems to separate;"
+            f" {advice.get(other, 'save it with commas, or as JSONL')}"
+        )
+
+
 def read_folder(path: Path) -> Iterator[Record]:
-    """Pictures of a folder and its subfolders, in order of name, with their captions.
+    """Pictures of a folder and its subfolders, linked ones too, in order of name, with their captions.
 
     Captions come from `metadata.csv` or `metadata.jsonl` in the folder (`file_name` and a caption column),
     else from a `.txt` of the same name beside each picture, one caption per line.
@@ -331,8 +375,7 @@ def read_folder(path: Path) -> Iterator[Record]:
         if (path / name).is_file():
             yield from read_file(path / name, name.rpartition(".")[2])
             return
-    for folder, folders, names in os.walk(path):
-        folders.sort()
+    for folder, names in _walk(path):
         for name in sorted(names):
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 continue
@@ -344,6 +387,37 @@ def read_folder(path: Path) -> Iterator[Record]:
                 captions = [line.strip() for line in lines if line.strip()]
                 record["caption"] = captions[0] if len(captions) == 1 else captions
             yield record
+
+
+def instead(path: Path) -> str:
+    """What to give in place of a file or folder without records."""
+    if not path.is_dir():
+        return "give a file that has some"
+    if any(path.rglob("*.parquet")):
+        return (
+            "it has Parquet files: datasets.load_dataset(THIS, split='train').save_to_disk(FOLDER) makes a"
+            " folder of them that is read"
+        )
+    return (
+        "give a folder of pictures, of .tar shards, or one that save_to_disk of Hugging Face's datasets wrote"
+    )
+
+
+def _walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names in them; each folder once, also where links lead around in a circle."""
+    seen = set()
+    for folder, folders, names in os.walk(path, onerror=_raise, followlinks=True):
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders.sort()
+        yield folder, names
+
+
+def _raise(error: OSError) -> None:
+    raise error  # `os.walk` would pass over what a folder holds
 
 
 def _kind(item: Any) -> str:

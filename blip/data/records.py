@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from blip.data.pictures import hashed, number_pictures, picture_key
-from blip.data.readers import Record, detect, read_file
+from blip.data.readers import NO_CAPTIONS, Record, detect, instead, read_file
 from blip.data.samples import MALFORMED
 from blip.data.video import IMAGE_SUFFIXES
 from blip.errors import DataError, hint
@@ -154,7 +154,7 @@ class HfRecords:
         for number, row in enumerate(light):
             value = row[id_column]
             # Embedded pictures without an id count as different ones; hashing them would read them all.
-            plain = value is not None and not isinstance(value, dict | bytes | list)
+            plain = value not in (None, "") and not isinstance(value, dict | bytes | list)
             keys.append(hashed(f"picture {value}" if plain else f"record {number}"))
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self.num_captions = np.ones(len(dataset), np.int32)
@@ -342,9 +342,7 @@ def read_records(
     files = [str(path) for path in paths]
     packed = PackedRecords(itertools.islice(stream, limit), places, starts, files, found)
     if not len(packed):
-        raise DataError(
-            f"datasets.{name}.path: {', '.join(files)} holds no records; give a file that has some"
-        )
+        raise DataError(f"datasets.{name}.path: {', '.join(files)} holds no records; {instead(paths[0])}")
     return packed
 
 
@@ -406,6 +404,8 @@ def _find_columns(
         del names["image"]
     for some in required(list(names)) if callable(required) else required:
         if present and not any(ours in names for ours in some):
+            if some[0] == "caption" and present == ["image"] and detect(path) == "folder":
+                raise DataError(f"{path} has {NO_CAPTIONS}")
             raise DataError(
                 f"{path} has no column {some[0]!r}, only {', '.join(present)}; name the one that holds it:"
                 f" datasets.{name}.columns: {{{some[0]}: ...}}{_meant(some[0], present)}"

@@ -334,7 +334,9 @@ def read_image(image: Picture, name: str, decoder: Decoder = "pil") -> Image.Ima
     except BadRecord:
         raise
     except Exception as error:  # decoders of hostile files raise whatever they like; all of it is counted
-        raise BadRecord(_cause(error, image), name, f"{where}: {error}".removeprefix(": ")) from error
+        # Pillow tells the address in memory of what it cannot identify.
+        reason = "no known kind of picture" if isinstance(error, UnidentifiedImageError) else error
+        raise BadRecord(_cause(error, image), name, f"{where}: {reason}".removeprefix(": ")) from error
 
 
 def read_clip(clip: Clip, name: str, choose: Choose) -> tuple[list[Image.Image], list[BadRecord]]:

@@ -11,7 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2", ".avif"),
+    *(".jfif", ".jpe", ".heic", ".heif", ".pgm", ".pbm", ".pnm", ".j2k"),
+)
+"""Of files that hold a picture. One that cannot be read here is counted, not passed over."""
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 HOW_TO_READ = (
     "install a reader ('pip install av', or torchcodec), or extract the frames into a folder of the video's"

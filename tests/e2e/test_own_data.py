@@ -107,12 +107,38 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL)
 
 
+def trainings() -> dict[str, list[str]]:
+    """Recipe -> overrides, of the guide's commands that train."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return {words[4]: words[5:] for words in commands if words[2:4] == ["blip.train", "--cfg"]}
+
+
+@pytest.mark.parametrize("recipe", trainings())
+def test_the_guide_s_commands_run_on_such_files(commands: Commands, tmp_path: Path, recipe: str) -> None:
+    shutil.copytree(PHOTOGRAPHS / "images", tmp_path / "photos")
+    write_table(tmp_path / "pairs.csv")
+    for split, part in (("train", slice(0, 8)), ("val", slice(8, 10)), ("test", slice(10, 12))):
+        records = [{"image": r["image"], "caption": r["caption"]} for r in photographs()[part]]
+        (tmp_path / f"{split}.json").write_text(json.dumps(records))
+    asked = [{"image": r["image"], "question": "What is it?", "answer": "a photo"} for r in photographs()]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    small = [
+        f"model.{key}={yaml.safe_dump(value, default_flow_style=True)}".strip() for key, value in TINY.items()
+    ]
+    small = [text.removesuffix("\n...") for text in small]
+    small += ["model.pretrained=null", "run.batch_size_train=4", "run.num_workers=0", "run.precision=fp32"]
+    if "retrieval" in recipe:
+        small += ["model.queue_size=8", "run.k_test=10"]
+    ended = commands("--cfg", recipe, *trainings()[recipe], *small, "--dry-run", cwd=tmp_path)
+    assert ended.code == 0, ended.output
+
+
 def test_the_guide_s_commands_are_configurations(tmp_path: Path) -> None:
-    found = {}
-    for line in "\n".join(blocks("bash")).replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words[2:4] == ["blip.train", "--cfg"]:
-            found[words[4]] = list(load_config(words[4], words[5:], known_datasets=names()).datasets)
+    found = {
+        recipe: list(load_config(recipe, overrides, known_datasets=names()).datasets)
+        for recipe, overrides in trainings().items()
+    }
     recipes = ("blip/caption_coco_ft.yaml", "blip/retrieval_coco_ft.yaml", "blip/vqav2_ft.yaml")
     assert found == {recipe: ["mine"] for recipe in recipes}
     [recipe] = blocks("yaml")

@@ -217,6 +217,15 @@ def test_figures_that_a_run_cannot_have_are_refused_before_anything_is_read(
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_published_of_a_dataset_goes_with_it() -> None:
+    recipe = str(CONFIGS / "blip" / "caption_coco_ft.yaml")
+    own = ["datasets.coco_caption=null", "datasets.mine.path=a.json"]
+    assert {row["data"] for row in load(recipe).run.published} == {"coco_caption/test"}
+    assert load(recipe, *own).run.published == []
+    rows = "[{source: x, data: coco_caption/test, scores: {CIDEr: 1}}]"
+    assert len(load(recipe, *own, f"run.published={rows}").run.published) == 1  # refused later
+
+
 def test_the_word_published_stands_for_the_weights_of_the_model_type() -> None:
     recipe = str(CONFIGS / "instructblip" / "zeroshot_gqa.yaml")
     for more, file in (

@@ -229,17 +229,17 @@ def test_one_damaged_shard_of_many_is_left_out_and_listed(
 
 
 @pytest.mark.parametrize(
-    ("name", "cause"), [("scenes", "truncated_image"), ("scenes_shards", "truncated_shard")]
+    ("name", "counted"), [("scenes", "16 truncated_image"), ("scenes_shards", "8 truncated_shard")]
 )
 def test_checking_damaged_data_ends_with_what_is_wrong(
-    commands: Commands, data_root: Path, tmp_path: Path, name: str, cause: str
+    commands: Commands, data_root: Path, tmp_path: Path, name: str, counted: str
 ) -> None:
     root = harmed(data_root, tmp_path / "data")
     for number in range(8):
-        cut(root / f"scenes/images/train/{number:06d}.png")
+        cut(root / f"scenes/images/train/{number:06d}.png")  # of two records each
         cut(root / SHARDS.format(number))
     ended = commands("check", "--data-root", root, name, module="blip.data.__main__")
-    assert f"  unusable:       8 {cause}\n" in ended.output
+    assert f"  unusable:       {counted}\n" in ended.output
     assert f"error: more than 5.0% of the records are unusable ({name} train: " in ended.output
     assert paragraph(ended).endswith("; the causes are above, and --report FILE lists every record\n")
 

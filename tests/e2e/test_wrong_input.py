@@ -94,7 +94,7 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "unknown objective": (["model.vit_train_objectives=[itk]"], ["unknown objective 'itk'; did you mean"]),
     "unknown split": (
         ["run.train_splits=[tran]"],
-        ["run.train_splits: no dataset has a split 'tran'; there are test, train, val"],
+        ["run.train_splits: no dataset has a split 'tran'; there are test, train, val; name its files"],
     ),
     "unknown metric": (
         ["run.valid_splits=[val]", "run.monitor=r_maen"],

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ DELAYS_S = (1.0, 4.0, 16.0)
 """Pauses before another attempt."""
 
 _CHUNK = 1 << 20
+_PLAIN = "/%:=&?~#+!$,;'@()*[]"
+"""Signs of a url that stay as they are; spaces and what is no ASCII are escaped."""
 _TEMPORARY = (408, 425, 429)
 """HTTP's refusals that another attempt may end; so may all from 500 on."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -135,7 +138,7 @@ def opened(url: str, start: int | None = None) -> Iterator[tuple[IO[bytes], int 
                 yield stream, None
         elif scheme in ("http", "https"):
             headers = {"User-Agent": "blip"} | ({"Range": f"bytes=0-{start - 1}"} if start else {})
-            request = urllib.request.Request(url, headers=headers)
+            request = urllib.request.Request(urllib.parse.quote(url, safe=_PLAIN), headers=headers)
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 length = answer.headers.get("Content-Length")
                 yield answer, int(length) if length is not None and length.isdigit() else None
@@ -149,7 +152,8 @@ def opened(url: str, start: int | None = None) -> Iterator[tuple[IO[bytes], int 
         final = error.code < 500 and error.code not in _TEMPORARY
         raise FetchError(f"{shown(url)}: HTTP {error.code} {error.reason}", final) from error
     except Exception as error:  # as above
-        final = isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+        hopeless = (FileNotFoundError, PermissionError, IsADirectoryError, http.client.InvalidURL)
+        final = isinstance(error, hopeless)
         raise FetchError(f"{shown(url)}: {_reason(error)}", final) from error
 
 

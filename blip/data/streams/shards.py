@@ -148,6 +148,10 @@ class ShardDataset:
             BadRecord: missing member, unreadable text or picture.
         """
         name = f"{self.labels[ref.shard]}/{ref.key}"
+        if not ref.files:
+            raise BadRecord(
+                "missing_image", name, "a key ends at the first dot of a name; rename its members"
+            )
         rng = keyed.generator(seed, "augment", self.name, epoch, name)
         record = self._record(ref, file, name, rng)
         extension = next((e for e in IMAGES if e in ref.files), None)
@@ -171,7 +175,8 @@ class ShardDataset:
                 return json.loads(payload(file, ref.files["json"], name))
             if "txt" in ref.files:
                 # A byte that is not UTF-8 makes it bad_text, as in annotation files.
-                caption = payload(file, ref.files["txt"], name).decode(errors="surrogateescape").strip()
+                text = payload(file, ref.files["txt"], name)
+                caption = text.decode("utf-8-sig", errors="surrogateescape").strip()
                 return {self.maker.columns.get("caption", "caption"): caption}
         except (ValueError, RecursionError) as error:
             raise BadRecord("malformed_record", name, str(error)) from error

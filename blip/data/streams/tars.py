@@ -11,14 +11,15 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from blip.data.samples import BadRecord
+from blip.data.video import IMAGE_SUFFIXES
 from blip.errors import ConfigError, DataError
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 TEXTS = ("json", "txt")
 
 _MAX_BYTES = 1 << 28
@@ -105,6 +106,7 @@ def scan(path: Path, shard: int, label: str) -> Iterator[Ref | BadRecord]:
     """The samples of a shard in stored order: adjacent members of equal name up to the first dot.
 
     Where a member comes twice (a key that was given to two samples), the second begins a sample of its own.
+    Names with another dot, such as `a.b.jpg`, have no such member: each gives an empty sample of that name.
     A BadRecord stands where the shard cannot be read (any further).
 
     Args:
@@ -166,6 +168,7 @@ def bad_header(head: bytes) -> str | None:
 
 def _groups(tar: tarfile.TarFile, size: int, shard: int, label: str) -> Iterator[Ref | BadRecord]:
     ref = Ref(shard, "", {})
+    others: dict[str, None] = {}
     for key, extension, place in _members(tar, size):
         if place is None:
             # What stands before the break may be half a sample; the rest of it is lost then.
@@ -175,12 +178,21 @@ def _groups(tar: tarfile.TarFile, size: int, shard: int, label: str) -> Iterator
             return
         # A member that the sample has already begins another one: nothing with a key of its own is lost.
         if key != ref.key or extension in ref.files:
-            if ref.files:
-                yield ref
-            ref = Ref(shard, key, {})
-        ref.files[extension] = place
+            yield from _group(ref, others)
+            ref, others = Ref(shard, key, {}), {}
+        if "." in extension:
+            others[f"{key}.{extension.rpartition('.')[0]}"] = None
+        else:
+            ref.files[extension] = place
+    yield from _group(ref, others)
+
+
+def _group(ref: Ref, others: Iterable[str]) -> Iterator[Ref]:
+    """A sample; or, of names with another dot only, an empty one for each, to be counted."""
     if ref.files:
         yield ref
+    else:
+        yield from (Ref(ref.shard, key, {}) for key in others)
 
 
 def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[int, int] | None]]:
@@ -204,7 +216,8 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[
         folder, _, base = info.name.rpartition("/")
         stem, _, extension = base.partition(".")
         extension = extension.lower()
-        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and stem and extension in IMAGES + TEXTS:
+        known = extension.rpartition(".")[2] in IMAGES + TEXTS
+        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and stem and known:
             yield (f"{folder}/{stem}" if folder else stem), extension, (info.offset_data, info.size)
     yield "", "", None
 

@@ -163,6 +163,11 @@ def test_whole_numbers_may_be_written_as_powers_and_numbers_as_text(write: Write
             " write the value out",
         ),
         ("run.output_dir=???", "run.output_dir (command line): '???' stands for a missing value; give one"),
+        (
+            "datasets.other=a.csv",
+            "datasets.other (command line): 'a.csv' is not a section of keys and values; write"
+            " datasets.other.path=a.csv",
+        ),
         ("datasets.other=3", "datasets.other (command line): 3 is not a section of keys and values"),
         ("name=[1]", "name (command line): [1] is not a text"),
     ],

@@ -57,6 +57,16 @@ def test_own_data_needs_a_path_only(tmp_path: Path) -> None:
         blip.load_dataset("mine", path="mine.csv", colums=columns)
 
 
+def test_pictures_may_lie_elsewhere_under_lavis_s_name_for_that(tmp_path: Path) -> None:
+    (tmp_path / "pictures/val2014").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/val2014/a.jpg")
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    record = {"image": "val2014/a.jpg", "caption": "A ball", "image_id": "coco_1"}
+    (tmp_path / "coco/annotations/coco_karpathy_train.json").write_text(json.dumps([record]))
+    found = blip.load_dataset("coco_caption", root=tmp_path, vis_path=tmp_path / "pictures")
+    assert [sample["text_input"] for sample in found["train"]] == ["A ball"]
+
+
 def test_data_that_is_not_there_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         blip.load_dataset("scenes", root=tmp_path)

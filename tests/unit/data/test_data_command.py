@@ -130,7 +130,7 @@ def test_damage_is_counted_by_cause_and_listed(root: Path, capsys: Captured) -> 
 
 def test_too_much_damage_is_an_exit_code(root: Path, capsys: Captured) -> None:
     own(root)
-    assert "more than 5.0% of the records are unusable (list train: 28.6%)" in fails(
+    assert "more than 5.0% of the records are unusable (list train: 33.3%)" in fails(
         capsys, "check", "own/list.json"
     )
 
@@ -144,6 +144,37 @@ def test_a_limit_reads_pictures_spread_over_the_set(root: Path, capsys: Captured
     out = capsys.readouterr().out
     assert "12 records, 12 pictures, 3 captions" in out
     assert "pictures read:  3 of 12" in out
+
+
+def test_the_share_is_of_texts_that_a_run_would_lose(root: Path, capsys: Captured) -> None:
+    picture(root / "own/a.png")
+    rows = [{"image": name, "caption": ["one", "two", "three"]} for name in ("a.png", "none.png")]
+    put(root / "own/some.json", rows)
+    assert "(some train: 50.0%)" in fails(capsys, "check", "own/some.json")
+    put(root / "own/none.json", [{"image": f"{n}.jpg", "caption": ["one", "two"]} for n in range(50)])
+    assert "(none train: 100.0%)" in fails(capsys, "check", "own/none.json")
+    assert "(none train: 100.0%)" in fails(capsys, "check", "own/none.json", "--limit", "5")
+
+
+def test_a_bad_picture_is_counted_for_each_record_that_shows_it(root: Path, capsys: Captured) -> None:
+    picture(root / "own/a.png")
+    shown = ["a.png", "none.png", "a.png", "none.png", "none.png"]
+    put(root / "own/x.json", [{"image": name, "caption": "a dog"} for name in shown])
+    assert "(x train: 60.0%)" in fails(capsys, "check", "own/x.json", "--report", "bad.jsonl")
+    found = [json.loads(line) for line in Path("bad.jsonl").read_text().splitlines()]
+    assert [(e["record"], e["cause"]) for e in found] == [(f"x/{n}", "missing_image") for n in (1, 3, 4)]
+    assert all("none.png" in entry["detail"] for entry in found)
+    assert main(["check", "own/x.json", "--max-bad-ratio", "0.6"]) == 0
+    out = capsys.readouterr().out
+    assert "pictures read:  2 of 2" in out
+    assert "unusable:       3 missing_image" in out
+
+
+def test_pictures_that_share_an_id_are_each_looked_at(root: Path, capsys: Captured) -> None:
+    picture(root / "own/a.png")
+    rows = [{"image": name, "image_id": 7, "caption": "a dog"} for name in ("a.png", "none.png", "a.png")]
+    put(root / "own/x.json", rows)
+    assert "(x train: 33.3%)" in fails(capsys, "check", "own/x.json")
 
 
 def test_own_columns_folders_and_tokenizers_are_understood(
@@ -175,6 +206,10 @@ WRONG = {
     "typo": (
         ["check", "coco_captoin"],
         "neither a named dataset nor a file or folder.*did you mean 'coco_caption'",
+    ),
+    "no file": (
+        ["check", "pairs.json"],
+        "pairs.json: neither a named dataset nor a file or folder, .*; 'blip data list' shows the names$",
     ),
     "no split": (
         ["check", "scenes", "--split", "tset"],

@@ -117,6 +117,44 @@ def test_a_folder_gives_pictures_with_the_texts_beside_them(tmp_path: Path) -> N
     ]
 
 
+def test_records_of_the_same_id_are_all_read(tmp_path: Path) -> None:
+    rows = ", ".join(f'"{key}": {{"image": "{n}.jpg", "caption": "x"}}' for n, key in enumerate("abaa"))
+    path = write(
+        tmp_path / "ids.json", f'{{{rows}, "b": {{"image": "4.jpg", "caption": "x", "caption": "y"}}}}'
+    )
+    assert [(r["image"], r["caption"]) for r in read(path)] == [
+        *((f"{n}.jpg", "x") for n in range(4)),
+        ("4.jpg", "y"),
+    ]
+
+
+def test_a_folder_passes_over_no_picture_and_follows_links(tmp_path: Path) -> None:
+    for name in ("in/a.jfif", "in/b.HEIC", "elsewhere/c.jpg"):
+        write(tmp_path / name, b"x")
+    (tmp_path / "in/sub").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    write(tmp_path / "elsewhere/c.txt", "a dog")
+    assert [record["image"] for record in read(tmp_path / "in")] == ["a.jfif", "b.HEIC", "sub/c.jpg"]
+
+
+def test_a_folder_without_captions_or_pictures_says_what_to_give(tmp_path: Path) -> None:
+    write(tmp_path / "pictures/a.jpg", b"x")
+    write(tmp_path / "hub/data/train-00000-of-00001.parquet", b"PAR1")
+    write(tmp_path / "notes/a.md", b"x")
+    for name, message in (
+        ("pictures", r"pictures without captions; put a NAME\.txt beside each"),
+        ("hub", r"holds no records; it has Parquet files: .*save_to_disk"),
+        ("notes", r"holds no records; give a folder of pictures"),
+    ):
+        with pytest.raises(DataError, match=rf"^datasets\.mine\.path: .*{name}.*{message}"):
+            read_records([tmp_path / name], name="mine")
+
+
+def test_empty_image_ids_of_a_table_name_no_picture(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", "image,caption,image_id\na.jpg,x,\nb.jpg,y,\na.jpg,z,\n")
+    assert read_records([path]).pictures.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_a_folder_with_metadata_is_that_table(tmp_path: Path, name: str) -> None:
     csv = "file_name,text\nx/1.jpg,a dog\n"
@@ -248,6 +286,14 @@ BROKEN = {
     "boxes.json": ('{"images": [{"id": 1}], "annotations": [{"bbox": 1}]}', "no COCO captions .*image_id"),
     "none.json": ("[]", "holds no records; give a file that has some"),
     "none.csv": ("image,caption\n", "holds no records"),
+    "semicolons.csv": (
+        "image;caption\na.jpg;x\n",
+        "first line is one field, 'image;caption', which ';' seems",
+    ),
+    "tabs.csv": ("image\tcaption\na.jpg\tx\n", "set the dataset's format to tsv"),
+    "commas.tsv": ("image,caption\na.jpg,x\n", "set the dataset's format to csv"),
+    "wide.csv": ("image,caption\n".encode("utf-16"), "its text is UTF-16; save it as UTF-8"),
+    "odd_wide.json": (b"\xfe\xff" + "[]".encode("utf-16-be"), "its text is UTF-16"),
     "lists.json": ("[[1], [2]]", "no usable record among the first 2; the first: a list, not an object"),
     "bad.jsonl": ("{image: a}\n", "no usable record among the first 1; the first: line 1: not valid JSON"),
     "typo.csv": (

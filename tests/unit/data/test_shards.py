@@ -252,6 +252,36 @@ def test_bad_records_are_skipped_with_their_cause(tmp_path: Path) -> None:
     ]
 
 
+def test_names_with_another_dot_are_counted_where_a_key_has_nothing_else(tmp_path: Path) -> None:
+    caption = b'{"caption": "a dog"}'
+    dotted = [("IMG.1.png", png()), ("IMG.1.json", caption), ("IMG.2.png", png()), ("IMG.2.txt", b"a cat")]
+    masked = [("a.seg.png", png()), ("a.png", png(5)), ("a.json", caption), ("a.seg.cls", b"1")]
+    hidden = [("._b.png", b"macOS"), (".b.png", png()), ("c.v1.cls", b"1")]
+    shards = dataset(tmp_path, [masked + dotted + hidden], window=1)
+    lane = Lane(shards, 1, 0, 1, START)
+    sample, bad = lane.next()
+    assert (sample["text_input"], int(sample["image"][2, 0, 0]), bad) == ("a dog", 5, [])
+    _, bad = lane.next()
+    assert [(error.name, error.cause) for error in bad] == [
+        ("000.tar/IMG.1", "missing_image"),
+        ("000.tar/IMG.2", "missing_image"),
+    ]
+    assert "first dot" in str(bad[0])
+
+
+def test_pictures_of_all_kinds_and_texts_with_a_mark_are_read(tmp_path: Path) -> None:
+    members = []
+    for kind in ("gif", "bmp", "tiff", "jfif", "ppm"):
+        data = io.BytesIO()
+        Image.new("RGB", (2, 2)).save(data, "JPEG" if kind == "jfif" else kind)
+        members += [
+            (f"{kind}.{kind.upper()}", data.getvalue()),
+            (f"{kind}.txt", b"\xef\xbb\xbfA " + kind.encode()),
+        ]
+    read = captions(Lane(dataset(tmp_path, [members]), 1, 0, 1, START), 5)
+    assert sorted(read) == ["A bmp", "A gif", "A jfif", "A ppm", "A tiff"]
+
+
 @pytest.mark.parametrize("members", [[], [("0.png", b"broken"), ("0.json", b'{"caption": "a"}')]])
 def test_a_lane_without_any_good_sample_is_an_error(tmp_path: Path, members: Members) -> None:
     shards = dataset(tmp_path, [members, members], window=1)

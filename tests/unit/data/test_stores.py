@@ -148,6 +148,18 @@ def lost(data: ShardDataset, count: int = 30) -> set[tuple[str, str]]:
     return {bad for _, _, skipped, _ in story(Lane(data, 1, 0, 1, START), count) for bad in skipped}
 
 
+def test_urls_may_have_spaces_and_letters_of_any_kind(
+    folder: Path, server: ShardServer, tmp_path: Path
+) -> None:
+    server.folder = tmp_path / "www"
+    (server.folder / "my Bilder ü").mkdir(parents=True)
+    (server.folder / "my Bilder ü/a b.tar").write_bytes((folder / "000.tar").read_bytes())
+    url = f"{server.url}/my Bilder ü/a b.tar"
+    data = ShardDataset("web", RemoteShards("web", [url], tmp_path / "cache", 1 << 30), MAKER)
+    assert (len(data), lost(data)) == (SIZES[0], set())
+    assert server.asked == {"my Bilder ü/a b.tar": 1}
+
+
 @pytest.mark.parametrize("codes", [[404], [503, 503, 503]])
 def test_a_shard_that_cannot_be_had_is_counted_and_the_others_are_read(
     server: ShardServer, tmp_path: Path, codes: list[int]
