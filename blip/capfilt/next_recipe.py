@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from blip.config.load import load_config
 from blip.config.schema import Config, DatasetConfig
 from blip.data.locate import available_splits, locate
 from blip.tasks.capfilt import CapFiltRun
+
+log = logging.getLogger(__name__)
 
 
 def passed_on(run: CapFiltRun) -> list[str]:
@@ -24,26 +27,33 @@ def passed_on(run: CapFiltRun) -> list[str]:
     ]
 
 
-def next_recipe(config: Config, run: CapFiltRun, folder: Path, made: Mapping[str, Made]) -> Config | None:
+def next_recipe(
+    config: Config, run: CapFiltRun, folder: Path, made: Mapping[str, Made], before: Mapping[str, int]
+) -> Config | None:
     """The recipe `run.pretrain`, to train on what was made and on what people wrote; None: there is none.
 
-    What the recipe is evaluated on stays. Datasets without processors get those of the recipe's dataset of
-    the same name, else of its first one.
+    What the recipe is evaluated on stays. A dataset that it knows keeps what it says of it, with a sample
+    ratio that goes with the number of texts; others without processors get those of its first one.
 
     Args:
         config: of CapFilt.
         run: its section `run`.
         folder: of what was made.
         made: NAME, or NAME-SPLIT -> what was made of it.
+        before: the same -> number of its texts before, or of its pictures if there were none.
     """
     if run.pretrain.recipe is None:
         return None
     found = load_config(run.pretrain.recipe, [*run.pretrain.options, *passed_on(run)])
     known = found.datasets
     first = next(iter(known.values()), DatasetConfig())
-    sections = {
-        name: _section(_origin(config.datasets, name), folder, one) for name, one in made.items() if one.texts
-    }
+    sections = {}
+    for name, one in made.items():
+        if one.texts:
+            like = known.get(name, _origin(config.datasets, name))
+            sections[name] = _section(like, folder, one)
+            if like.sample_ratio is not None:
+                sections[name].sample_ratio = round(like.sample_ratio * one.texts / max(before[name], 1), 6)
     sections |= {name: known.get(name, config.datasets[name]) for name in run.human}
     found.datasets = {}
     for name, section in sections.items():
@@ -52,6 +62,12 @@ def next_recipe(config: Config, run: CapFiltRun, folder: Path, made: Mapping[str
             section,
             vis_processor=section.vis_processor or like.vis_processor,
             text_processor=section.text_processor or like.text_processor,
+        )
+    ratios = {name: section.sample_ratio for name, section in found.datasets.items()}
+    if lacking := [name for name, ratio in ratios.items() if ratio is None and any(ratios.values())]:
+        log.warning(
+            "%s has sample ratios, and datasets.%s has none; give it one before you train on it",
+            *(run.pretrain.recipe, lacking[0]),
         )
     wanted = [*found.run.valid_splits, *found.run.test_splits]
     for name, section in known.items():

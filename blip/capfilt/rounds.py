@@ -278,7 +278,8 @@ class Round:
         for name, tally in tallies.items():
             log.info("round %d: %s: %s", self.number, name, tally.line())
         write_report(self.folder, summary, work, least)
-        recipe = next_recipe(self.config, self.run, place, made)
+        before = {name: tally.texts["web"] or tally.pictures for name, tally in tallies.items()}
+        recipe = next_recipe(self.config, self.run, place, made, before)
         if recipe is not None:
             write_text(self.folder / RECIPE_FILE, dump(recipe))
             log.info("train on it with: blip train --cfg %s", self.folder / RECIPE_FILE)
