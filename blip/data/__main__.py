@@ -299,7 +299,7 @@ def _section(args: argparse.Namespace) -> tuple[str, DatasetConfig]:
     if not pattern and not (root / args.what).exists() and not Path(args.what).exists():
         raise DataError(
             f"{args.what}: neither a named dataset nor a file or folder, here or under {str(root)!r}"
-            f"{hint(args.what, CATALOG)}"
+            f"{catalog.similar(args.what)}"
         )
     return Path(args.what).stem or "data", DatasetConfig(path=args.what, **values)
 

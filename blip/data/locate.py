@@ -245,7 +245,7 @@ def _splits(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
     if not found:
         raise DataError(
             f"datasets.{name}: not in the catalogue and without a path; give datasets.{name}.path, or a name"
-            f" that 'blip data list' shows{hint(name, CATALOG)}"
+            f" that 'blip data list' shows{catalog.similar(name)}"
         )
     if config.split is None:
         return found

@@ -153,6 +153,28 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         catalog.row("coco_capton")
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("TextVQA", "'text_vqa'"),
+        ("GQA", "'gqa'"),
+        ("VQAv2", "'coco_vqa'"),
+        ("nlvr2", "'nlvr'"),
+        ("VSR", "'vsr_classification' or 'vsr_caption'"),
+        ("cc3m", "'conceptual_caption_3m'"),
+        ("vg", "'vg_caption' or 'vg_vqa'"),
+        (
+            "LLaVA-Instruct",
+            "'llava_conversation', 'llava_detail', 'llava_reasoning' or 'llava150k_dialogue_instruct'",
+        ),
+    ],
+)
+def test_what_papers_and_files_call_a_dataset_leads_to_its_name(name: str, known: str) -> None:
+    with pytest.raises(DataError) as caught:
+        catalog.row(name)
+    assert str(caught.value) == f"no dataset {name!r} in the catalogue; did you mean {known}?"
+
+
 def test_the_root_is_configured_or_from_the_environment_or_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BLIP_DATA", raising=False)
     assert catalog.data_root() == Path("data")
