@@ -155,7 +155,7 @@ CAPTIONS: dict[str, Row] = {
         licence="captions CC BY 2.0; pictures of Open Images CC BY 2.0",
         sizes=sizes((45_000, 4_500), (0, 10_600), splits=("val", "test")),
         official={"val": "nocaps/annotations/nocaps_val_4500_captions.json"},
-        captioned=False,
+        uncaptioned=("val", "test"),
         takes=(
             Official(
                 "nocaps/annotations/nocaps_val.json",
@@ -183,6 +183,7 @@ CAPTIONS: dict[str, Row] = {
         kind="caption",
         about="TextCaps: captions that take reading, of pictures of OpenImages",
         sizes=sizes((109_765, 21_953), (15_830, 3_166), (0, 3_289)),
+        uncaptioned=("test",),
         templates="ocr_caption",
         **words_read("TextCaps", "TextCaps_0.1_{}.json", "textcaps/"),
     ),

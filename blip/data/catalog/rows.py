@@ -103,8 +103,8 @@ class Row:
     """Split -> official annotations that evaluation compares with, as `datasets.NAME.annotation_file`."""
     classes: tuple[str, ...] = ()
     """Labels in the order of their class numbers."""
-    captioned: bool = True
-    """Whether pictures of kind caption have captions in the annotation files."""
+    uncaptioned: tuple[str, ...] = ()
+    """Splits of kind caption whose annotation files have pictures only: the captions are secret, or apart."""
     suffix: str = ""
     """Added to names of pictures that have none."""
     judged: dict[str, str] = field(default_factory=dict)
