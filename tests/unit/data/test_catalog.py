@@ -153,6 +153,23 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         catalog.row("coco_capton")
 
 
+def test_files_of_lavis_that_have_an_address_can_be_fetched_and_coco_s_pictures_are_checked() -> None:
+    addresses = {
+        "capfilt14m": ["capfilt14m/annotation.json"],
+        "ocr_vqa": ["ocrvqa/ocrvqa.json"],
+        "vsr_classification": [f"vsr/{name}.jsonl" for name in ("train", "dev", "test")],
+    }
+    base = "https://storage.googleapis.com/sfr-xinstructblip-data-research/data/"
+    for name, places in addresses.items():
+        assert {base + place for place in places} <= set(CATALOG[name].remote.values())
+    for name, row in CATALOG.items():
+        zips = [one for one in row.archives if re.fullmatch(r"(train|val|test)20\d\d\.zip", one.names)]
+        assert all(re.fullmatch("md5:[0-9a-f]{32}", one.check) for one in zips), name
+    assert {
+        one.names for one in CATALOG["aok_vqa"].archives if "2014" in one.names or "2015" in one.names
+    } <= (CATALOG["aok_vqa"].remote.keys())
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [
