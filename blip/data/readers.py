@@ -25,6 +25,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_TEXTS = ("sentence", "caption", "question")
+"""Columns that tell that an object is a record itself."""
 
 
 def read_file(path: Path, layout: str) -> Iterator[Record]:
@@ -119,6 +121,8 @@ def _records_of(content: dict[str, Any], path: Path) -> Iterator[Record]:
         items = content[listed[0]]
     elif content and all(isinstance(item, dict) for item in content.values()):
         items = [{"sample_id": key, **item} for key, item in content.items()]
+    elif any(isinstance(content.get(key), str) for key in _TEXTS):
+        items = [content]  # a file of one line, which does not look like JSONL
     if not isinstance(items, list):
         keys = ", ".join(list(content)[:6]) or "nothing"
         raise DataError(

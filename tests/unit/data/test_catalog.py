@@ -108,6 +108,8 @@ def test_the_list_can_be_read_by_programs(
     assert flickr["missing"] == [f"flickr30k/annotations/{s}.json" for s in ("train", "val", "test")] + [
         "flickr30k/images/"
     ]
+    assert rows["snli_ve"]["also_called"] == ["snli_ve_instruct"]
+    assert set(rows) | {name for row in rows.values() for name in row["also_called"]} == set(CATALOG)
     assert main(["list", "--group", "entail"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if "missing" in line] == ["snli_ve"]
@@ -165,9 +167,8 @@ def test_files_of_lavis_that_have_an_address_can_be_fetched_and_coco_s_pictures_
     for name, row in CATALOG.items():
         zips = [one for one in row.archives if re.fullmatch(r"(train|val|test)20\d\d\.zip", one.names)]
         assert all(re.fullmatch("md5:[0-9a-f]{32}", one.check) for one in zips), name
-    assert {
-        one.names for one in CATALOG["aok_vqa"].archives if "2014" in one.names or "2015" in one.names
-    } <= (CATALOG["aok_vqa"].remote.keys())
+    pictures = {"train2014.zip", "val2014.zip", "test2015.zip"}  # of all splits
+    assert pictures <= {one.names for one in CATALOG["aok_vqa"].archives} & CATALOG["aok_vqa"].remote.keys()
 
 
 @pytest.mark.parametrize(

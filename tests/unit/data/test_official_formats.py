@@ -746,6 +746,14 @@ def test_official_files_are_taken_beside_and_over_those_of_another_set(root: Pat
     assert {target: read(root / target, records) for target, records in expected.items()} == expected
 
 
+def test_a_file_of_one_line_is_one_record(root: Path) -> None:
+    given = {"train.json": "train", "dev.json": "dev", "test1.json": "test1"}
+    put(Path("in"), {file: lines(nlvr(split)) for file, split in given.items()})
+    (root / "nlvr/images").mkdir(parents=True)
+    main(["prepare", "nlvr", "--from", "in"])
+    assert read(root / "nlvr/annotations/dev.json", [{}]) == [nlvr_record("dev", "dev/")]
+
+
 @pytest.mark.parametrize("folder", ["", "covers"])
 def test_pictures_that_are_named_without_ending_may_be_of_any_kind(
     folder: str, root: Path, capsys: Captured
