@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -38,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or EXIT_OK)
     set_up_logging()
     command: Callable[[argparse.Namespace], int] = args.command
-    return guard(lambda: command(args), debug=args.debug)
+    try:
+        code = guard(lambda: command(args), debug=args.debug)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # what read our output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
