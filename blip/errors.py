@@ -40,9 +40,9 @@ class Stopped(Exception):
     """Training was asked to stop and has saved; commands exit with 3."""
 
 
-def nearest(name: str, choices: Iterable[str], count: int = 1) -> list[str]:
-    """The `count` names most similar to `name`, best first; empty when nothing is similar."""
-    return difflib.get_close_matches(name, list(choices), n=count, cutoff=0.55)
+def nearest(name: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.55) -> list[str]:
+    """The `count` names most similar to `name`, best first; empty when nothing is (`cutoff`, of 1)."""
+    return difflib.get_close_matches(name, list(choices), n=count, cutoff=cutoff)
 
 
 def hint(name: str, choices: Iterable[str]) -> str:

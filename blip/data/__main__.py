@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -38,7 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or EXIT_OK)
     set_up_logging()
     command: Callable[[argparse.Namespace], int] = args.command
-    return guard(lambda: command(args), debug=args.debug)
+    try:
+        code = guard(lambda: command(args), debug=args.debug)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # what read our output has enough of it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -297,7 +304,7 @@ def _section(args: argparse.Namespace) -> tuple[str, DatasetConfig]:
     root = catalog.data_root(args.data_root)
     pattern = any(sign in args.what for sign in "{*")
     if not pattern and not (root / args.what).exists() and not Path(args.what).exists():
-        meant = hint(args.what, CATALOG)
+        meant = catalog.similar(args.what)
         meant = meant if "did you mean" in meant else "; 'blip data list' shows the names"
         raise DataError(
             f"{args.what}: neither a named dataset nor a file or folder, here or under {str(root)!r}{meant}"

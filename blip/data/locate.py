@@ -153,7 +153,7 @@ def locate(name: str, config: DatasetConfig, split: str, data_root: str | Path |
     source.kind = config.kind if config.kind != "auto" else "caption" if kind == "retrieval" else kind
     source.classes = tuple(config.classes)
     if row is not None:
-        source.captioned, source.suffix = row.captioned, row.suffix
+        source.captioned, source.suffix = split not in row.uncaptioned, row.suffix
         source.classes = source.classes or row.classes
         source.judged = root / row.judged[split] if split in row.judged else None
         source.templates = row.templates
@@ -245,7 +245,7 @@ def _splits(name: str, config: DatasetConfig, root: Path) -> dict[str, Any]:
     if not found:
         raise DataError(
             f"datasets.{name}: not in the catalogue and without a path; give datasets.{name}.path, or a name"
-            f" that 'blip data list' shows{hint(name, CATALOG)}"
+            f" that 'blip data list' shows{catalog.similar(name)}"
         )
     if config.split is None:
         return found

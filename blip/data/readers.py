@@ -32,6 +32,8 @@ NO_CAPTIONS = (
 
 _CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_TEXTS = ("sentence", "caption", "question")
+"""Columns that tell that an object is a record itself."""
 
 
 def _every_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -152,6 +154,8 @@ def _records_of(content: dict[str, Any], path: Path) -> Iterator[Record]:
         items = content[listed[0]]
     elif content and all(isinstance(item, dict) for item in content.values()):
         items = [{"sample_id": key, **item} for key, item in content.items()]
+    elif any(isinstance(content.get(key), str) for key in _TEXTS):
+        items = [content]  # a file of one line, which does not look like JSONL
     if not isinstance(items, list):
         keys = ", ".join(list(content)[:6]) or "nothing"
         raise DataError(
@@ -184,21 +188,24 @@ def _visdial(data: dict[str, Any], split: str, path: Path) -> Iterator[Record]:
         for dialog in data["dialogs"]:
             image = f"VisualDialog_{split}/VisualDialog_{split}_{int(dialog['image_id']):012d}.jpg"
             turns: list[str] = []
+            # Of the test split's dialogs only the last turn is asked; the others are its history.
+            asked = any("answer_options" in turn for turn in dialog["dialog"])
             for number, turn in enumerate(dialog["dialog"]):
                 question = questions[turn["question"]]
                 known = {"answer": answers[turn["answer"]]} if "answer" in turn else {}
                 options = [answers[option] for option in turn.get("answer_options", ())]
-                yield {
-                    "image": image,
-                    "image_id": dialog["image_id"],
-                    "question_id": f"{dialog['image_id']}#{number}",
-                    "question": question,
-                    "history": " ".join(turns),
-                    **known,
-                    **({"caption": dialog["caption"]} if "caption" in dialog else {}),
-                    **({"choices": options} if options else {}),
-                    **({"correct_choice": turn["gt_index"]} if "gt_index" in turn else {}),
-                }
+                if not asked or options:
+                    yield {
+                        "image": image,
+                        "image_id": dialog["image_id"],
+                        "question_id": f"{dialog['image_id']}#{number}",
+                        "question": question,
+                        "history": " ".join(turns),
+                        **known,
+                        **({"caption": dialog["caption"]} if "caption" in dialog else {}),
+                        **({"choices": options} if options else {}),
+                        **({"correct_choice": turn["gt_index"]} if "gt_index" in turn else {}),
+                    }
                 turns.append(f"q: {question} a: {known.get('answer', '')}".rstrip())
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise DataError(

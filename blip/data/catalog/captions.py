@@ -10,6 +10,7 @@ from blip.data.catalog.rows import (
     COCO,
     COCO_LICENCE,
     FLICKR_LICENCE,
+    INSTRUCTED,
     LAVIS,
     WEB_LICENCE,
     Archive,
@@ -18,6 +19,7 @@ from blip.data.catalog.rows import (
     Size,
     UrlList,
     clips,
+    coco,
     lists,
     remote,
     sizes,
@@ -25,11 +27,7 @@ from blip.data.catalog.rows import (
     words_read,
 )
 
-COCO_2014 = (
-    Archive("train2014.zip", "coco/images", "train2014/", "md5:0da8c0bd3d6becc4dcb32757491aca88"),
-    Archive("val2014.zip", "coco/images", "val2014/", "md5:a3d79f5ed8d289b7a7554ce06a5782b3"),
-)
-COCO_TEST = Archive("test2014.zip", "coco/images", "test2014/", "md5:04127eef689ceac55e3a572c2c92f264")
+COCO_2014 = (coco("train2014"), coco("val2014"))
 GENOME = (
     Archive("images.zip", "vg/images", "VG_100K/"),
     Archive("images2.zip", "vg/images", "VG_100K_2/"),
@@ -77,7 +75,7 @@ _COCO = Row(
     ),
     archives=(
         *COCO_2014,
-        COCO_TEST,
+        coco("test2014"),
         Archive("caption_datasets.zip", "downloads/coco", "dataset_"),
     ),
     remote={
@@ -155,7 +153,7 @@ CAPTIONS: dict[str, Row] = {
         licence="captions CC BY 2.0; pictures of Open Images CC BY 2.0",
         sizes=sizes((45_000, 4_500), (0, 10_600), splits=("val", "test")),
         official={"val": "nocaps/annotations/nocaps_val_4500_captions.json"},
-        captioned=False,
+        uncaptioned=("val", "test"),
         takes=(
             Official(
                 "nocaps/annotations/nocaps_val.json",
@@ -183,6 +181,7 @@ CAPTIONS: dict[str, Row] = {
         kind="caption",
         about="TextCaps: captions that take reading, of pictures of OpenImages",
         sizes=sizes((109_765, 21_953), (15_830, 3_166), (0, 3_289)),
+        uncaptioned=("test",),
         templates="ocr_caption",
         **words_read("TextCaps", "TextCaps_0.1_{}.json", "textcaps/"),
     ),
@@ -254,6 +253,7 @@ CAPTIONS: dict[str, Row] = {
         annotations="annotation.json as LAVIS distributes it (its absolute paths are made relative)",
         licence=WEB_LICENCE,
         sizes={"train": Size(13_873_136)},
+        remote=remote(f"{INSTRUCTED}capfilt14m/", "annotation.json"),
     ),
     "msrvtt_retrieval": clips(
         "retrieval", "retrieval", "MSRVTT", "mp4", {"test": Size(1_000, 1_000)}, VIDEO_LICENCE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from blip.data.catalog.rows import COCO, COCO_LICENCE, Archive, Row, Size, remote
+from blip.data.catalog.rows import COCO, COCO_LICENCE, Row, Size, coco, remote
 
 
 class Member(NamedTuple):
@@ -123,7 +123,7 @@ def _llava(file: str, about: str, size: int) -> Row:
         annotations=f"{file}.json as LLaVA's authors distribute it",
         licence=f"CC BY-NC 4.0, made by GPT-4; {COCO_LICENCE}",
         sizes={"train": Size(size)},
-        archives=(Archive("train2017.zip", "coco/images", "train2017/"),),
+        archives=(coco("train2017"),),
         remote={
             **remote(
                 "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/", f"{file}.json"

@@ -11,9 +11,11 @@ from blip.data.catalog.rows import (
     COCO,
     COCO_LICENCE,
     FLICKR_LICENCE,
+    INSTRUCTED,
     Archive,
     Official,
     Row,
+    coco,
     remote,
     sizes,
 )
@@ -77,10 +79,13 @@ LABELLED: dict[str, Row] = {
         classes=("false", "true"),
         templates="statement",
         archives=(
-            Archive("train2017.zip", "vsr/images", "train2017/"),
-            Archive("val2017.zip", "vsr/images", "val2017/"),
+            coco("train2017", "vsr/images"),
+            coco("val2017", "vsr/images"),
         ),
-        remote=remote(COCO, "train2017.zip", "val2017.zip"),
+        remote={
+            **remote(f"{INSTRUCTED}vsr/", *(f"{name}.jsonl" for name in _NAMES.values())),
+            **remote(COCO, "train2017.zip", "val2017.zip"),
+        },
     ),
     "hateful_memes": Row(
         kind="classification",

@@ -24,6 +24,7 @@ def as_data(name: str, root: Path, missing: list[str]) -> dict[str, Any]:
     return {
         "name": name,
         "same_as": entry.same_as or None,
+        "also_called": _also_called(name),
         "kind": entry.kind,
         "group": entry.group,
         "held": entry.held or None,
@@ -90,11 +91,9 @@ def details(name: str, root: Path, missing: list[str]) -> list[str]:
         missing: files and folders that are not on disk.
     """
     entry = row(name)
-    first = entry.same_as or name
-    others = [other for other, some in CATALOG.items() if first in (other, some.same_as) and other != name]
     held = f"; InstructBLIP holds it {entry.held}" if entry.held else ""
     told = {
-        "also called": ", ".join(others),
+        "also called": ", ".join(_also_called(name)),
         "task": f"{entry.group}; records of kind {entry.kind}{held}",
         "licence": entry.licence,
         **{
@@ -115,6 +114,12 @@ def details(name: str, root: Path, missing: list[str]) -> list[str]:
     lines = [f"{name}: {entry.about}"]
     lines += [f"  {key + ':':<14}{text}" for key, text in told.items() if text]
     return lines + [f"  {key + ':':<14}{text}" for key, texts in several.items() for text in texts]
+
+
+def _also_called(name: str) -> list[str]:
+    """The other names of a dataset's files, most of them LAVIS's."""
+    first = row(name).same_as or name
+    return [other for other, some in CATALOG.items() if first in (other, some.same_as) and other != name]
 
 
 def _either(names: str) -> str:

@@ -24,6 +24,7 @@ from blip.data.catalog.rows import (
     Official,
     Row,
     Size,
+    coco,
     remote,
     sizes,
     video_qa,
@@ -36,11 +37,6 @@ _PAIRS = {
     "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
 }
 _COCO_ZIPS = remote(COCO, "train2014.zip", "val2014.zip")
-_COCO_2017 = (
-    Archive("train2017.zip", "coco/images", "train2017/"),
-    Archive("val2017.zip", "coco/images", "val2017/"),
-)
-_TEST2015 = Archive("test2015.zip", "coco/images", "test2015/")
 
 QUESTIONS: dict[str, Row] = {
     "coco_vqa": Row(
@@ -91,7 +87,7 @@ QUESTIONS: dict[str, Row] = {
         ),
         archives=(
             *COCO_2014,
-            _TEST2015,
+            coco("test2015"),
             *(
                 Archive(f"v2_{what}_{split}_mscoco.zip", "downloads/coco", "v2_")
                 for what in ("Questions", "Annotations")
@@ -220,15 +216,14 @@ QUESTIONS: dict[str, Row] = {
         ),
         archives=(
             *COCO_2014,
-            _TEST2015,
-            *_COCO_2017,
-            Archive("test2017.zip", "coco/images", "test2017/"),
+            *map(coco, ("test2015", "train2017", "val2017", "test2017")),
             Archive("aokvqa_v1p0.tar.gz", "downloads/aokvqa", ""),
         ),
         remote={
             **remote(f"{LAVIS}aokvqa/", *(f"aokvqa_v1p0_{split}.json" for split in ALL)),
             **remote(f"{LAVIS}aokvqa/", "specialized_vocab_train.json"),
             **_COCO_ZIPS,
+            **remote(COCO, "test2015.zip"),
         },
     ),
     "gqa": Row(
@@ -283,6 +278,7 @@ QUESTIONS: dict[str, Row] = {
         licence="research only; covers under the terms of their publishers",
         templates="ocr_vqa",
         takes=(Official("ocrvqa/annotations/ocrvqa.json", RENAMED, ("dataset.json",)),),
+        remote=remote(f"{INSTRUCTED}ocrvqa/", "ocrvqa.json"),
     ),
     "iconqa": Row(
         kind="vqa",

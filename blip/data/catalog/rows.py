@@ -21,6 +21,16 @@ FLICKR_LICENCE = "research only, to be requested; pictures under the terms of th
 WEB_LICENCE = "list free to use; each picture under the terms of the site that shows it"
 
 
+_COCO_SUMS = {
+    "train2014": "0da8c0bd3d6becc4dcb32757491aca88",
+    "val2014": "a3d79f5ed8d289b7a7554ce06a5782b3",
+    "test2014": "04127eef689ceac55e3a572c2c92f264",
+    "test2015": "65562e58af7d695cc47356951578c041",
+    "train2017": "cced6f7f71b7629ddf16f17bbcfab6b2",
+    "val2017": "442b8da7639aecaf257c1dceb8ba8c80",
+    "test2017": "77ad2c53ac5d0aea611d422c0938fb35",
+}
+"""MD5 of the zip files of COCO's pictures."""
 RENAMED = "renamed"
 """Format of official files that are ours but for their names."""
 
@@ -103,8 +113,8 @@ class Row:
     """Split -> official annotations that evaluation compares with, as `datasets.NAME.annotation_file`."""
     classes: tuple[str, ...] = ()
     """Labels in the order of their class numbers."""
-    captioned: bool = True
-    """Whether pictures of kind caption have captions in the annotation files."""
+    uncaptioned: tuple[str, ...] = ()
+    """Splits of kind caption whose annotation files have pictures only: the captions are secret, or apart."""
     suffix: str = ""
     """Added to names of pictures that have none."""
     judged: dict[str, str] = field(default_factory=dict)
@@ -185,6 +195,11 @@ def sizes(*counts: int | tuple[int, int], splits: tuple[str, ...] = ALL) -> dict
 def remote(base: str, *names: str) -> dict[str, str]:
     """Name -> address of files that lie in one place; `place/name` for those in a folder of it."""
     return {name.rpartition("/")[2]: base + name for name in names}
+
+
+def coco(release: str, to: str = "coco/images") -> Archive:
+    """A release of COCO's pictures, such as train2014, which is unpacked in a folder."""
+    return Archive(f"{release}.zip", to, f"{release}/", f"md5:{_COCO_SUMS[release]}")
 
 
 def web(

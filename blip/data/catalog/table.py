@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from blip.config.lavis import refused_dataset
@@ -13,10 +15,13 @@ from blip.data.catalog.labelled import LABELLED
 from blip.data.catalog.questions import QUESTIONS
 from blip.data.catalog.rows import ALL, Row
 from blip.data.scenes.questions import answers
-from blip.errors import DataError, hint
+from blip.errors import DataError, hint, nearest
 from blip.places import ROOT_VARIABLE, data_root
 
-__all__ = ["CATALOG", "data_root", "instructblip", "names", "remedy", "row"]
+__all__ = ["CATALOG", "data_root", "instructblip", "names", "remedy", "row", "similar"]
+
+_SIMILAR = 4
+"""Most datasets that a message proposes."""
 
 
 def _scenes(pattern: str, *splits: str) -> dict[str, str | tuple[str, ...]]:
@@ -116,9 +121,34 @@ def row(name: str) -> Row:
         DataError: unknown name; the message has the nearest one.
     """
     if name not in CATALOG:
-        reason = refused_dataset(name) or hint(name, CATALOG).removeprefix("; ")
+        reason = refused_dataset(name) or similar(name).removeprefix("; ")
         raise DataError(f"no dataset {name!r} in the catalogue; {reason}")
     return CATALOG[name]
+
+
+def similar(name: str) -> str:
+    """The end of a message about an unknown name: datasets that papers or files call so; else as `hint`."""
+    wanted = _plain(name)
+    known: dict[str, list[str]] = {}
+    for own, row in CATALOG.items():
+        if row.same_as or row.templates == "vqg":
+            continue
+        title = re.split("[:,]", row.about)[0]
+        stems = [Path(file).stem for file in row.files]
+        for key in {*map(_plain, (own, title, row.files[0].split("/")[0], *stems))}:
+            known.setdefault(key, []).append(own)
+    found = known.get(wanted) or [
+        own for key, some in known.items() if wanted and key.startswith(wanted) for own in some
+    ]
+    if name in CATALOG or not found or nearest(name, CATALOG, cutoff=0.85):
+        return hint(name, CATALOG)
+    *first, last = map(repr, dict.fromkeys(found[:_SIMILAR]))
+    return f"; did you mean {', '.join(first) + ' or ' if first else ''}{last}?"
+
+
+def _plain(name: str) -> str:
+    """A name without what people spell differently: capitals, hyphens, underscores."""
+    return re.sub(r"[\W_]+", "", name.lower())
 
 
 def instructblip(held_in: bool | None = None) -> list[str]:

@@ -93,9 +93,10 @@ class Packed:
         """For people."""
         failed = ", ".join(f"{n} {cause}" for cause, n in self.causes.most_common() if cause != "success")
         before = f" ({self.done_before} of them finished before)" if self.done_before else ""
+        private = "; --allow-private opens private addresses" if self.causes["private_address"] else ""
         return (
             f"{self.causes['success']} of {self.rows} rows in {self.shards} shards{before}"
-            f"; failed: {failed or 'none'}"
+            f"; failed: {failed or 'none'}{private}"
         )
 
 
@@ -173,8 +174,8 @@ def _finished(folder: Path, number: int, count: int) -> dict[str, Any] | None:
     """The counts of a shard that an earlier run has finished."""
     with contextlib.suppress(OSError, ValueError):
         stats = json.loads((folder / f"{number:05d}_stats.json").read_bytes())
-        whole = not stats["successes"] or (folder / f"{number:05d}.tar").is_file()
-        if whole and stats["count"] == count:
+        # Where nothing came, there may have been no network, or addresses that are allowed by now.
+        if stats["successes"] and stats["count"] == count and (folder / f"{number:05d}.tar").is_file():
             return stats
     return None
 

@@ -75,11 +75,12 @@ class PathMapper:
 
     A path that exists below the folder stays. Of any other, leading folders are dropped until it exists
     (`/export/.../VG_100K/1.jpg` -> `VG_100K/1.jpg`); else a picture of COCO is looked for under the names of
-    other releases; else one of that name in the whole folder; else it stays as it is.
+    other releases; else one of that name in the whole folder; else it stays as it is. A name without an
+    ending may have that of any kind of picture: some of OCR-VQA's covers are GIFs.
 
     Args:
         root: folder of the pictures.
-        suffix: added to names that have none.
+        suffix: added to names that have none, where there is no picture with another one.
         column: of the annotations that holds the paths.
     """
 
@@ -92,8 +93,12 @@ class PathMapper:
         self._names: dict[str, str] | None = None
 
     def __call__(self, image: str) -> str:
+        others: list[str] = []
         if self.suffix and not image.lower().endswith(IMAGE_SUFFIXES):
+            others = [image + ending for ending in IMAGE_SUFFIXES if ending != self.suffix]
             image += self.suffix
+            if not self.has(image) and (found := next(filter(self.has, others), None)):
+                return found
         parent, _, name = image.rpartition("/")
         if parent in self._parents:
             return str(PurePosixPath(self._parents[parent], name))
@@ -109,7 +114,8 @@ class PathMapper:
             places = (place.format(coco[1]) for place in _COCO_PLACES)
             if found := next((place for place in places if self.has(place)), None):
                 return found
-        return self._by_name().get(name, image)
+        names = [name, *(other.rpartition("/")[2] for other in others)]
+        return next((self._by_name()[name] for name in names if name in self._by_name()), image)
 
     def has(self, image: str) -> bool:
         """Whether a picture is there; a video file, or the folder of its frames."""

@@ -46,6 +46,14 @@ _TEXTS = {
     "conversations": "messages",
 }
 """Column -> what its texts are called."""
+_SIGNS = {
+    "caption": ("caption", "caption_str"),
+    "vqa": ("question",),
+    "nlvr": ("images",),
+    "classification": ("label",),
+    "instruct": ("conversations",),
+}
+"""Kind of a row -> columns, one of which its records have, and records of other kinds have not."""
 
 
 @dataclass
@@ -96,6 +104,7 @@ class _Preparation:
         self.folders = [folder for folder in (downloads, self.fetched) if folder is not None]
         self.files = self._search()
         self.outcome = Outcome()
+        self._records: dict[Path, Record] = {}
 
     def _search(self) -> Downloads:
         return Downloads([folder for folder in self.folders if folder.is_dir()], self.set_name)
@@ -144,7 +153,7 @@ class _Preparation:
         """Files of records that only variants of the set read, where they can be had."""
         made = [official.makes for official in self.row.takes if official.format in FORMATS]
         return [
-            target for target in dict.fromkeys(made) if target not in self._targets() and self._found(target)
+            target for target in dict.fromkeys(made) if target not in self._targets() and self._own(target)
         ]
 
     def _documents(self) -> list[str]:
@@ -174,10 +183,35 @@ class _Preparation:
                 return official, [path for path in paths if path is not None]
         return None
 
+    def _own(self, target: str) -> Path | None:
+        """As `_found`, but for files of other sets, many of which are called train.json or so, too."""
+        found, place = self._found(target), self.root / target
+        if found is None or not self._foreign(found):
+            return found
+        return place if found != place and place.is_file() and not self._foreign(place) else None
+
+    def _foreign(self, path: Path) -> str:
+        """The columns of a file, where they tell that it belongs to another set; empty: it may be ours."""
+        record = self._first(path)
+        kind = "caption" if self.row.kind == "retrieval" else self.row.kind
+        strange = not any(sign in record for sign in _SIGNS[kind])
+        strange &= any(sign in record for signs in _SIGNS.values() for sign in signs)
+        strange |= "correct_choice" in self.row.columns and "choices" not in record
+        column = self.row.columns.get("image")
+        strange |= (column or "image") not in record and (column is not None or "img" in record)
+        return ", ".join(record) if strange and record else ""
+
+    def _first(self, path: Path) -> Record:
+        """The first good record of a file; empty where it has none."""
+        if path not in self._records:
+            records = read_file(path, detect(path))
+            self._records[path] = next((record for record in records if MALFORMED not in record), {})
+        return self._records[path]
+
     def _bring(self, target: str, split: str, mapper: PathMapper | None, column: str) -> bool:
         """Bring one file of records into place; True: it is missing."""
-        place, found = self.root / target, self._found(target)
-        made = self._sources(target) if found is None or not _is_ours(found, column) else None
+        place, found = self.root / target, self._own(target)
+        made = self._sources(target) if found is None or not _is_ours(self._first(found), column) else None
         if made is not None:
             official, paths = made
             moved = _write(records_of(official, paths), place, mapper)
@@ -187,7 +221,12 @@ class _Preparation:
             )
             found = place
         if found is None:
+            if (other := self._found(target)) is not None:
+                self.outcome.missing.append(
+                    f"{place}: not {other}, which is another set's: its records have {self._foreign(other)}"
+                )
             return True
+        self._records.pop(place, None)
         self.outcome.lines += _prepare_file(split, found, place, mapper, column, self.outcome.missing)
         return False
 
@@ -238,7 +277,8 @@ class _Preparation:
         for target in [*self._targets(), *row.others]:
             place = Path(target)
             made = [official for official in row.takes if official.makes == target]
-            if self._found(target) or self._sources(target) or row.format == "shards":
+            own = self._found(target) if target in row.others else self._own(target)
+            if own or self._sources(target) or row.format == "shards":
                 continue
             names = [f"{place.parent.parent.name}_{place.name}", place.name]
             names += [official.files[0] for official in made if len(official.files) == 1]
@@ -270,12 +310,10 @@ class _Preparation:
         return any(folder.glob("*.tar")) and not in_place
 
 
-def _is_ours(path: Path, column: str) -> bool:
+def _is_ours(record: Record, column: str) -> bool:
     """Whether the first good record of a file names a picture or video, as BLIP's and LAVIS's files do."""
-    for record in read_file(path, detect(path)):
-        if MALFORMED not in record:
-            return any(key in record for key in (column, "image", "images", "video", "img"))
-    return True  # it is read, and told to be empty
+    # Without any it is read, and told to be empty.
+    return not record or any(key in record for key in (column, "image", "images", "video", "img"))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -108,6 +108,8 @@ def test_the_list_can_be_read_by_programs(
     assert flickr["missing"] == [f"flickr30k/annotations/{s}.json" for s in ("train", "val", "test")] + [
         "flickr30k/images/"
     ]
+    assert rows["snli_ve"]["also_called"] == ["snli_ve_instruct"]
+    assert set(rows) | {name for row in rows.values() for name in row["also_called"]} == set(CATALOG)
     assert main(["list", "--group", "entail"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if "missing" in line] == ["snli_ve"]
@@ -151,6 +153,44 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         DataError, match=r"no dataset 'coco_capton' in the catalogue; did you mean 'coco_caption'"
     ):
         catalog.row("coco_capton")
+
+
+def test_files_of_lavis_that_have_an_address_can_be_fetched_and_coco_s_pictures_are_checked() -> None:
+    addresses = {
+        "capfilt14m": ["capfilt14m/annotation.json"],
+        "ocr_vqa": ["ocrvqa/ocrvqa.json"],
+        "vsr_classification": [f"vsr/{name}.jsonl" for name in ("train", "dev", "test")],
+    }
+    base = "https://storage.googleapis.com/sfr-xinstructblip-data-research/data/"
+    for name, places in addresses.items():
+        assert {base + place for place in places} <= set(CATALOG[name].remote.values())
+    for name, row in CATALOG.items():
+        zips = [one for one in row.archives if re.fullmatch(r"(train|val|test)20\d\d\.zip", one.names)]
+        assert all(re.fullmatch("md5:[0-9a-f]{32}", one.check) for one in zips), name
+    pictures = {"train2014.zip", "val2014.zip", "test2015.zip"}  # of all splits
+    assert pictures <= {one.names for one in CATALOG["aok_vqa"].archives} & CATALOG["aok_vqa"].remote.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("TextVQA", "'text_vqa'"),
+        ("GQA", "'gqa'"),
+        ("VQAv2", "'coco_vqa'"),
+        ("nlvr2", "'nlvr'"),
+        ("VSR", "'vsr_classification' or 'vsr_caption'"),
+        ("cc3m", "'conceptual_caption_3m'"),
+        ("vg", "'vg_caption' or 'vg_vqa'"),
+        (
+            "LLaVA-Instruct",
+            "'llava_conversation', 'llava_detail', 'llava_reasoning' or 'llava150k_dialogue_instruct'",
+        ),
+    ],
+)
+def test_what_papers_and_files_call_a_dataset_leads_to_its_name(name: str, known: str) -> None:
+    with pytest.raises(DataError) as caught:
+        catalog.row(name)
+    assert str(caught.value) == f"no dataset {name!r} in the catalogue; did you mean {known}?"
 
 
 def test_the_root_is_configured_or_from_the_environment_or_data(monkeypatch: pytest.MonkeyPatch) -> None:

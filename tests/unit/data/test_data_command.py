@@ -383,6 +383,16 @@ def test_the_module_runs_as_a_command(root: Path) -> None:
     assert "vg_caption" in done.stdout
 
 
+def test_a_reader_that_has_enough_of_it_is_no_error(root: Path) -> None:
+    arguments = [sys.executable, "-m", "blip.data", "list", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()  # as in `blip data list --json | head`
+        assert running.stderr.read() == b""
+    assert running.returncode == 0
+
+
 def test_questions_and_sentences_are_checked(root: Path, capsys: Captured) -> None:
     for name in "ab":
         picture(root / f"own/{name}.png")

@@ -340,6 +340,11 @@ def test_a_dialog_gives_a_record_for_each_turn(tmp_path: Path) -> None:
     assert (first["question"], first["answer"], first["history"]) == ("is it big", "yes", "")
     assert (first["choices"], first["correct_choice"]) == (["black", "yes"], 1)
     assert second["history"] == "q: is it big a: yes"
+    # In the test split, which goes to the server, only the last turn has candidates.
+    dialogs[0]["dialog"] = [{"question": 0, "answer": 1}, {"question": 1, "answer_options": [0, 1]}]
+    put(path, {"split": "test2018", "data": data})
+    (last,) = read_file(path, "json")
+    assert (last["question_id"], last["history"], "answer" in last) == ("185#1", "q: is it big a: yes", False)
     dialogs[0]["dialog"] = [{"question": 9}]
     put(path, {"data": data})
     with pytest.raises(DataError, match=r"v\.json: has 'dialogs' that cannot be read \(IndexError"):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from blip import load_dataset
 from blip.data.__main__ import main
 from blip.data.catalog.rows import RENAMED
 from blip.data.catalog.table import CATALOG
@@ -708,6 +709,85 @@ def test_of_several_files_of_a_name_the_one_in_the_set_s_folder_is_taken(root: P
     pictures("nlvr", root, expected)
     assert main(["prepare", "nlvr", "--from", "in"]) == 0
     assert {target: read(root / target, records) for target, records in expected.items()} == expected
+
+
+VIZWIZ = [{"image": "VizWiz_val_0.jpg", "question": "Which?", "answers": [{"answer": "a"}] * 10}]
+MEME = {"id": 1, "img": "img/1.png", "text": "Hm.", "label": 0}
+STATEMENT = {"image": "1.jpg", "caption": "It is left.", "label": 1}
+PAIR = {"images": ["a.png", "b.png"], "sentence": "Two.", "label": "True"}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "columns"),
+    [
+        ("flickr30k", "val.json", VIZWIZ, "image, question, answers"),
+        ("iconqa", "val.json", VIZWIZ, "image, question, answers"),
+        ("vizwiz_vqa", "test.json", [PAIR], "images, sentence, label"),
+        ("vsr_classification", "train.jsonl", lines(MEME), "id, img, text, label"),
+        ("hateful_memes", "train.jsonl", lines(STATEMENT), "image, caption, label"),
+    ],
+)
+def test_a_file_of_another_set_under_a_common_name_is_left_alone(
+    name: str, file: str, content: Any, columns: str, root: Path, capsys: Captured
+) -> None:
+    put(Path("in"), {file: content})
+    assert main(["prepare", name, "--from", "in"]) == 2
+    told = f"annotations/{file}: not in/{file}, which is another set's: its records have {columns}\n"
+    assert told in capsys.readouterr().out
+    assert not [path for path in root.rglob("*") if path.is_file()]
+
+
+def test_official_files_are_taken_beside_and_over_those_of_another_set(root: Path) -> None:
+    given, expected = CASES["flickr30k"]
+    put(Path("in"), {**given, "val.json": VIZWIZ})
+    put(root, {"flickr30k/annotations/test.json": VIZWIZ})
+    pictures("flickr30k", root, expected)
+    assert main(["prepare", "flickr30k", "--from", "in"]) == 0
+    assert {target: read(root / target, records) for target, records in expected.items()} == expected
+
+
+def test_a_file_of_one_line_is_one_record(root: Path) -> None:
+    given = {"train.json": "train", "dev.json": "dev", "test1.json": "test1"}
+    put(Path("in"), {file: lines(nlvr(split)) for file, split in given.items()})
+    (root / "nlvr/images").mkdir(parents=True)
+    main(["prepare", "nlvr", "--from", "in"])
+    assert read(root / "nlvr/annotations/dev.json", [{}]) == [nlvr_record("dev", "dev/")]
+
+
+@pytest.mark.parametrize("folder", ["", "covers"])
+def test_pictures_that_are_named_without_ending_may_be_of_any_kind(
+    folder: str, root: Path, capsys: Captured
+) -> None:
+    books = {
+        key: {"questions": ["Who?"], "answers": ["Me"], "split": split}
+        for split, key in enumerate(("0A", "0B", "0C"), start=1)
+    }
+    put(Path("in"), {"dataset.json": books})
+    for place in ("0A.jpg", "0B.gif", "0C.png"):
+        path = root / "ocrvqa/images" / folder / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5), "red").save(path)
+    assert main(["prepare", "ocr_vqa", "--from", "in"]) == 0
+    assert main(["check", "ocr_vqa"]) == 0
+    assert capsys.readouterr().out.count("pictures read:  1 of 1") == 3
+
+
+def test_a_split_whose_captions_are_secret_is_read_for_its_pictures(root: Path, capsys: Captured) -> None:
+    def notes(split: str, **more: str) -> Any:
+        return {"data": [{"image_id": "0a", "image_path": f"{split}/0a.jpg", "set_name": split, **more}]}
+
+    put(
+        Path("in"), {f"TextCaps_0.1_{s}.json": notes(s, caption_str="A stop sign.") for s in ("train", "val")}
+    )
+    put(Path("in"), {"TextCaps_0.1_test.json": notes("test"), **WORDS})
+    (root / "TextCaps/images").mkdir(parents=True)
+    Image.new("RGB", (6, 5), "red").save(root / "TextCaps/images/0a.jpg")
+    assert main(["prepare", "textcaps_caption", "--from", "in"]) == 0
+    assert main(["check", "textcaps_caption"]) == 0
+    assert "textcaps_caption test: 1 records, 1 pictures, 0 captions" in capsys.readouterr().out
+    assert {split: len(data) for split, data in load_dataset("textcaps_caption").items()} == {
+        **{"train": 1, "val": 1, "test": 1}
+    }
 
 
 def _official() -> Iterator[tuple[str, Any]]:

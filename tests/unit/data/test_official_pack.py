@@ -180,8 +180,10 @@ def test_addresses_of_this_machine_are_only_opened_when_allowed(
 ) -> None:
     Path("list.json").write_text(json.dumps([{"url": site.put("/a.jpg", picture(8, 8)), "caption": "a"}]))
     assert main(["shards", "list.json", "out", "--fetch"]) == 2
-    assert "1 private_address" in capsys.readouterr().out
+    assert "1 private_address; --allow-private opens private addresses" in capsys.readouterr().out
     assert site.asked == []
+    assert main(["shards", "list.json", "out", "--fetch", "--allow-private"]) == 0
+    assert "1 of 1 rows in 1 shards; failed: none" in capsys.readouterr().out
 
 
 def test_nothing_is_downloaded_unasked(site: Site, root: Path, capsys: Captured) -> None:
