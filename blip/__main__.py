@@ -12,6 +12,7 @@ from blip.errors import EXIT_OK, EXIT_USAGE, hint
 COMMANDS = {
     "train": ("blip.train", "train what a configuration describes"),
     "evaluate": ("blip.evaluate", "evaluate a checkpoint on the configuration's evaluation sets"),
+    "capfilt": ("blip.capfilt", "caption and filter noisy image-text data, to train on what is kept"),
     "predict": ("blip.predict", "caption, answer, match, or write features of pictures, or chat about one"),
     "convert": ("blip.convert", "convert weights between our, LAVIS's and Hugging Face's layout"),
     "cache_features": ("blip.cache_features", "write what a frozen tower sees once, to train without it"),

@@ -56,11 +56,23 @@ def execute(config: Config, dry: bool = False) -> None:
             process of the run has ended.
         Stopped: a stop signal came; the state is saved.
     """
+    require_training(config)
     with joined(config):
-        (_try if dry else _run)(config)
+        (_try if dry else train)(config)
 
 
-def _run(config: Config) -> None:
+def require_training(config: Config) -> None:
+    """Raise where the task is none that trains or evaluates, but has a command of its own.
+
+    Raises:
+        ConfigError: naming the command.
+    """
+    if command := getattr(TASKS.get(config.run.task), "command", None):
+        raise ConfigError(f"run.task: {config.run.task} is what 'blip {command} --cfg ...' carries out")
+
+
+def train(config: Config) -> None:
+    """As `execute`, in the process group that the caller has joined."""
     with build_run(config) as runner:
         runner.run()
 

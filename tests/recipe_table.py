@@ -68,7 +68,7 @@ def rows() -> Iterator[Row]:
     for path in sorted(CONFIGS.glob("*/*.yaml")):
         recipe = f"{path.parent.name}/{path.name}"
         config = load(str(path))
-        for row in read_published(config.run.published):
+        for row in read_published(getattr(config.run, "published", [])):
             override = _model(config, row)
             chosen = load(str(path), *override)
             released = UNRELEASED not in row.weights

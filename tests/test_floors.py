@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 # A room is a file or a folder right under blip/. A file imports lower floors and its own room; rooms of
 # one floor do not know each other. A new room is a new entry here; a new file of a folder needs none.
 FLOORS: dict[int, tuple[str, ...]] = {
-    6: ("__main__", "train", "evaluate", "estimate", "cache_features"),
-    5: ("build", "predict", "convert", "capfilt"),
+    6: ("__main__", "train", "evaluate", "estimate", "cache_features", "capfilt"),
+    5: ("build", "predict", "convert"),
     4: ("cli", "expected", "zoo"),
     3: ("models", "processors", "data", "tasks", "engine", "formats"),
     2: ("config", "weights"),

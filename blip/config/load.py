@@ -82,8 +82,13 @@ class _Loader:
         """All dotted keys that exist in this configuration, to suggest the right one."""
 
     def config(self) -> Config:
-        model_class, task_class = self._choose("model", "arch", MODELS), self._choose("run", "task", TASKS)
-        model_type: type[Any] = getattr(model_class, "config_class", ModelConfig)
+        task_name = self._given("run", "task")
+        known = TASKS.get(task_name) if isinstance(task_name, str) and task_name in TASKS else None
+        # A task that is not about one model has a section `model` of its own.
+        own: type[Any] | None = getattr(known, "model_config_class", None)
+        model_class = None if own else self._choose("model", "arch", MODELS)
+        task_class = self._choose("run", "task", TASKS)
+        model_type: type[Any] = own if own else getattr(model_class, "config_class", ModelConfig)
         run_type: type[Any] = getattr(task_class, "run_config_class", RunConfig)
         self._gather(model_class, model_type, run_type)
         if task_class is None:
@@ -95,7 +100,7 @@ class _Loader:
         self._roots()
 
         # Without its class the model's own keys cannot be told from mistakes.
-        model = self.build(model_type, ("model",)) if model_class else None
+        model = self.build(model_type, ("model",)) if model_class or own else None
         run = self.build(run_type, ("run",))
         datasets = {name: self._dataset(name) for name in names}
         name = self.values.leaves.get(("name",), self.recipe.name)

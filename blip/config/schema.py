@@ -200,8 +200,8 @@ class DatasetConfig(Section):
 
 
 @dataclass
-class RunConfig(Section):
-    """How to train and evaluate. LAVIS's names; counts are optimizer steps unless said otherwise."""
+class CommandRun(Section):
+    """What every command that reads a configuration knows of its run."""
 
     section: ClassVar[str] = "run"
 
@@ -215,8 +215,6 @@ class RunConfig(Section):
     """`auto`: continue the newest complete checkpoint in `output_dir`; a path: that checkpoint."""
     overwrite: bool = False
     """Replace a run that `output_dir` already holds."""
-    evaluate: bool = False
-    """Evaluate only, without training."""
     data_root: str | None = None
     """Where datasets lie; None: the environment variable BLIP_DATA, else `data`."""
 
@@ -229,12 +227,32 @@ class RunConfig(Section):
     timeout_s: float = 1800.0
     """Seconds a collective waits for a missing rank before the run fails."""
 
+    batch_size_eval: int = 64
+    """Samples per process that are looked at together where nothing is trained."""
+    num_workers: int = 2
+    """Loader processes per rank; 0 loads in the main process."""
+    train_splits: list[str] = field(default_factory=lambda: ["train"])
+    """Splits to train on."""
+    max_bad_ratio: float = 0.05
+    """Share of unreadable records above which a run stops."""
+
+    def problems(self) -> list[str]:
+        """Values out of range."""
+        found = self._at_least(1, "batch_size_eval") + self._at_least(0, "num_workers", "seed")
+        found += self._within(0.0, 1.0, "max_bad_ratio")
+        if self.timeout_s <= 0:
+            found.append(f"timeout_s: {self.timeout_s} is not above 0")
+        return super().problems() + found
+
+
+@dataclass
+class RunConfig(CommandRun):
+    """How to train and evaluate. LAVIS's names; counts are optimizer steps unless said otherwise."""
+
+    evaluate: bool = False
+    """Evaluate only, without training."""
     batch_size_train: int = 32
     """Samples per process and micro-batch."""
-    batch_size_eval: int = 64
-    """The same for evaluation."""
-    num_workers: int = 2
-    """Loader processes per rank; 0 loads in the training process."""
     drop_last: bool = True
     """Leave out the samples of an epoch that do not fill a batch."""
     accum_grad_iters: int = 1
@@ -306,8 +324,6 @@ class RunConfig(Section):
     wandb: str | None = None
     """Weights & Biases project to log to."""
 
-    train_splits: list[str] = field(default_factory=lambda: ["train"])
-    """Splits to train on."""
     sampling: Literal["proportional", "sqrt", "uniform"] | None = None
     """How often micro-batches come from each dataset: in proportion to its size, to the square root of that
     (InstructBLIP, section 2.4), or from all equally often, times its `sample_ratio`; None: the sample ratios
@@ -316,8 +332,6 @@ class RunConfig(Section):
     """Splits to evaluate during training; the first one decides the best checkpoint."""
     test_splits: list[str] = field(default_factory=list)
     """Splits to evaluate at the end, with the best checkpoint."""
-    max_bad_ratio: float = 0.05
-    """Share of unreadable records above which a run stops."""
     published: list[dict[str, Any]] = field(default_factory=list)
     """What others have reached, shown beside the last scores: rows of `source`, `data` (DATASET/SPLIT),
     `scores` (metric -> value as papers print it) and, where it matters, `model_type`, `weights`, `server`,
@@ -325,16 +339,13 @@ class RunConfig(Section):
 
     def problems(self) -> list[str]:
         """Values out of range and combinations that contradict each other."""
-        found = self._at_least(
-            1, "batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"
-        )
+        found = super().problems()
+        found += self._at_least(1, "batch_size_train", "accum_grad_iters", "max_epoch", "max_iters")
         found += self._at_least(
             1, "log_freq", "save_freq", "eval_freq", "val_freq", "keep_last", "max_nonfinite"
         )
-        found += self._at_least(
-            0, "num_workers", "warmup_steps", "seed", "min_lr", "warmup_lr", "weight_decay"
-        )
-        found += self._within(0.0, 1.0, "beta1", "beta2", "ema_decay", "max_bad_ratio")
+        found += self._at_least(0, "warmup_steps", "min_lr", "warmup_lr", "weight_decay")
+        found += self._within(0.0, 1.0, "beta1", "beta2", "ema_decay")
         for key in (
             "init_lr",
             "adam_eps",
@@ -342,7 +353,6 @@ class RunConfig(Section):
             "lr_layer_decay",
             "max_grad_norm",
             "save_minutes",
-            "timeout_s",
         ):
             value = getattr(self, key)
             if value is not None and value <= 0:
@@ -377,9 +387,11 @@ class RunConfig(Section):
 class Config:
     """All that a command needs to know: three typed sections, and where each value came from."""
 
-    model: ModelConfig
+    model: Any
+    """`ModelConfig`, or what the task has in its place."""
     datasets: dict[str, DatasetConfig]
-    run: RunConfig
+    run: Any
+    """`RunConfig`, or what else the task has."""
     name: str = ""
     """Name of the recipe, for the default output folder."""
     origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)

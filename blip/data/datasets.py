@@ -38,6 +38,10 @@ class Records(Protocol):
         """File and number within it of a record, for messages."""
         ...
 
+    def origin(self, index: int) -> tuple[str, str]:
+        """The file of a record, and the folder that its picture's path starts from."""
+        ...
+
 
 class PairDataset:
     """Records of any kind to train on, by number; one with several captions counts once for each.

@@ -6,7 +6,6 @@ reference count; here all records are one byte array. A million records of 100 b
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import marshal
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from blip.data.pictures import hashed, number_pictures, picture_key
 from blip.data.readers import NO_CAPTIONS, Record, detect, instead, read_file
 from blip.data.samples import MALFORMED
 from blip.data.video import IMAGE_SUFFIXES
@@ -83,7 +83,7 @@ class PackedRecords:
         for number, record in enumerate(records):
             blob += marshal.dumps(record)
             ends.append(len(blob))
-            keys.append(_picture_key(record, number, roots[len(starts) - 1]))
+            keys.append(picture_key(record, number, roots[len(starts) - 1]))
             caption = record.get("caption")
             counts.append(len(caption) if isinstance(caption, list) else int(caption is not None))
         self._blob = np.frombuffer(blob, np.uint8)
@@ -122,6 +122,11 @@ class PackedRecords:
         file = self._file(index)
         return f"{self._files[file]}[{index - int(self._starts[file])}]"
 
+    def origin(self, index: int) -> tuple[str, str]:
+        """The file of a record, and the folder that its picture's path starts from."""
+        file = self._file(index)
+        return self._files[file], self._roots[file]
+
     def _file(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
@@ -150,7 +155,7 @@ class HfRecords:
             value = row[id_column]
             # Embedded pictures without an id count as different ones; hashing them would read them all.
             plain = value not in (None, "") and not isinstance(value, dict | bytes | list)
-            keys.append(_hash(f"picture {value}" if plain else f"record {number}"))
+            keys.append(hashed(f"picture {value}" if plain else f"record {number}"))
         self.pictures, self.num_pictures = number_pictures(np.frombuffer(keys, np.uint64))
         self.num_captions = np.ones(len(dataset), np.int32)
         if caption := columns.get("caption"):
@@ -179,6 +184,10 @@ class HfRecords:
     def where(self, index: int) -> str:
         """Folder and row number, for messages."""
         return f"{self._where}[{index}]"
+
+    def origin(self, index: int) -> tuple[str, str]:
+        """The folder, and that which paths of pictures start from."""
+        return self._where, self._root
 
 
 class SomeRecords:
@@ -216,6 +225,10 @@ class SomeRecords:
         """File and number within it of a record, for messages."""
         return self._records.where(int(self._numbers[index]))
 
+    def origin(self, index: int) -> tuple[str, str]:
+        """The file of a record, and the folder that its picture's path starts from."""
+        return self._records.origin(int(self._numbers[index]))
+
 
 class ById:
     """Records by the value of one of their columns; in flat memory.
@@ -227,13 +240,13 @@ class ById:
 
     def __init__(self, records: PackedRecords, column: str) -> None:
         self._records = records
-        keys = np.array([_hash(f"{record.get(column)}") for record in records], np.uint64)
+        keys = np.array([hashed(f"{record.get(column)}") for record in records], np.uint64)
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
 
     def get(self, value: Any) -> Record | None:
         """The record whose column has this value, as text; None: there is none."""
-        key = np.uint64(_hash(f"{value}"))
+        key = np.uint64(hashed(f"{value}"))
         place = int(np.searchsorted(self._keys, key))
         if place == len(self._keys) or self._keys[place] != key:
             return None
@@ -442,40 +455,6 @@ def _read_hf(
     except DataError as error:
         raise DataError(f"datasets.{name}.path: {error}") from error
     return HfRecords(dataset, names, root, str(path))
-
-
-def number_pictures(keys: np.ndarray) -> tuple[np.ndarray, int]:
-    """Consecutive numbers for equal keys, in order of appearance.
-
-    Args:
-        keys: uint64 (n,).
-
-    Returns:
-        int64 (n,), and how many different keys there are.
-    """
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse], len(first)
-
-
-def _picture_key(record: Record, number: int, root: str) -> int:
-    """Equal for records of the same picture: by `image_id`, else by path; without either it is alone."""
-    if (image_id := record.get("image_id")) not in (None, ""):  # a table has empty fields
-        return _hash(f"id {image_id}")
-    image, images, video = record.get("image"), record.get("images"), record.get("video")
-    if image is None and isinstance(video, list | str):
-        return _hash(f"video {root} {video}")
-    if isinstance(images, list):
-        return _hash(f"images {root} {images}")
-    if not isinstance(image, str):
-        return _hash(f"record {number}")
-    return _hash(f"image {image}" if image.startswith(os.sep) else f"image {root}{os.sep}{image}")
-
-
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _root(path: Path, root: Path | None) -> str:

@@ -91,6 +91,16 @@ class SkipLog:
                 listed = f"; they are listed in {self.path}" if self.path else ""
                 raise self._refusal(f"{bad} of {reads} records", counts, listed)
 
+    def judge_own(self) -> None:
+        """Judge what this rank has read, without the others, while it goes through a set once.
+
+        Raises:
+            DataError: clearly too large a share cannot be read.
+        """
+        reads = self.good + self.total
+        if self._clearly_too_many(self.total, reads):
+            raise self._refusal(f"{self.total} of {reads} records", self.counts, "")
+
     def judge_all(self, dataset: str, bad: Sequence[BadRecord], lost: int, total: int, what: str) -> None:
         """List what is wrong with a set that has been looked at as a whole, and judge it.
 

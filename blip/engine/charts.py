@@ -1,4 +1,4 @@
-"""Line charts as SVG text: no drawing package, readable on light and dark ground."""
+"""Charts as SVG text: no drawing package, readable on light and dark ground."""
 
 from __future__ import annotations
 
@@ -43,6 +43,51 @@ def line_chart(title: str, lines: Mapping[str, Points], level: tuple[float, str]
         parts.append(_line(scale, name, points, i % COLOURS + 1))
     return (
         f'<figure><figcaption>{_caption(title, lines, log)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}"'
+        f' role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def histogram(
+    title: str,
+    bins: Mapping[str, Sequence[int]],
+    span: tuple[float, float],
+    level: tuple[float, str] | None = None,
+) -> str:
+    """A chart of shares per bin as HTML `<figure>`; empty text where nothing was counted.
+
+    Args:
+        title: what is drawn.
+        bins: name -> counts, in equal steps over `span`.
+        span: least and greatest value.
+        level: a value and its name, drawn as a dashed line.
+    """
+    totals = {name: sum(counts) for name, counts in bins.items()}
+    shares = {n: [count / totals[n] for count in counts] for n, counts in bins.items() if totals[n]}
+    if not shares:
+        return ""
+    # Values far from all others would press the rest flat.
+    used = [i for i in range(len(next(iter(shares.values())))) if any(some[i] for some in shares.values())]
+    first, last = used[0], used[-1] + 1
+    step = (span[1] - span[0]) / len(next(iter(shares.values())))
+    left, right = span[0] + first * step, span[0] + last * step
+    scale = _Scale(left, right, 0.0, max(max(some) for some in shares.values()) * 1.05, False)
+    parts = [_grid(scale)]
+    if level and left <= level[0] <= right:
+        x = scale.x(level[0])
+        parts.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+        parts.append(f'<text x="{x + 3:.1f}" y="{_TOP + 8}">{escape(level[1])}</text>')
+    for i, some in enumerate(shares.values()):
+        corners = [(left + (k - first) * step, some[k]) for k in range(first, last)]
+        places = " ".join(
+            f"{scale.x(x):.1f},{scale.y(y):.1f} {scale.x(x + step):.1f},{scale.y(y):.1f}" for x, y in corners
+        )
+        parts.append(f'<polyline style="--c:var(--c{i % COLOURS + 1})" points="{places}"/>')
+    keys = "".join(
+        f'<span class="key" style="--c:var(--c{i % COLOURS + 1})">{escape(name)} {totals[name]}</span>'
+        for i, name in enumerate(shares)
+    )
+    return (
+        f'<figure><figcaption><b>{escape(title)}</b> {keys}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}"'
         f' role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
 

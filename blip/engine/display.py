@@ -21,15 +21,19 @@ _HIDDEN = ("split", "step", "epoch")
 
 
 class Display:
-    """Progress of a training on a stream.
+    """Progress on a stream.
 
     Args:
         total_steps: optimizer steps of the whole run.
         start_step: steps done before this process.
         stream: stderr unless given; a bar that is redrawn where it is a terminal.
+        unit: what is counted.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total_steps: int, start_step: int = 0, stream: TextIO | None = None, unit: str = "step"
+    ) -> None:
+        self.unit = unit
         self.total_steps = total_steps
         self.start_step = start_step
         self.stream = stream if stream is not None else sys.stderr
@@ -65,7 +69,8 @@ class Display:
             self._drawn_at = 0.0
             self.step(step)
         else:
-            log.info("step %d/%d  %s  eta %s", step, self.total_steps, self._figures, self.eta(step))
+            shown = (self.unit, step, self.total_steps, self._figures, self.eta(step))
+            log.info("%s %d/%d  %s  eta %s", *shown)
 
     def eta(self, step: int) -> str:
         """Time to the end at the pace so far, as h:mm:ss."""

@@ -67,22 +67,30 @@ def write_report(run_dir: str | Path) -> Path:
         _header(folder, train, config),
         _scores(evaluations),
         _published(folder),
-        _section("Training", _training_charts(train), "charts"),
-        _section("Evaluations", _evaluation_charts(evaluations), "charts"),
+        section("Training", _training_charts(train), "charts"),
+        section("Evaluations", _evaluation_charts(evaluations), "charts"),
         _samples(folder),
         _troubles(folder),
-        _details("Configuration", f"<pre>{escape(config)}</pre>" if config else ""),
-        _details("Environment", _environment(_text(folder / ENV_FILE))),
+        details("Configuration", f"<pre>{escape(config)}</pre>" if config else ""),
+        details("Environment", _environment(_text(folder / ENV_FILE))),
     ]
-    title = escape(folder.resolve().name)
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+    path = folder / REPORT_FILE
+    atomic.write_text(path, page(folder.resolve().name, sections))
+    return path
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A page that needs nothing else.
+
+    Args:
+        title: as text.
+        sections: as HTML; empty ones are left out.
+    """
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n{''.join(s for s in sections if s)}</body>\n</html>\n"
     )
-    path = folder / REPORT_FILE
-    atomic.write_text(path, page)
-    return path
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL_SIDE) -> str:
@@ -134,7 +142,7 @@ def _scores(evaluations: Mapping[str, Sequence[Line]]) -> str:
             f'<div class="table"><table><caption>{escape(split)}{left_out}</caption>'
             f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
-    return _section("Scores", tables, "tables")
+    return section("Scores", tables, "tables")
 
 
 def _published(folder: Path) -> str:
@@ -148,7 +156,7 @@ def _published(folder: Path) -> str:
     )
     notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(rows))
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return _section("Beside what is published", [f'<div class="table">{table}</div><ul>{notes}</ul>'])
+    return section("Beside what is published", [f'<div class="table">{table}</div><ul>{notes}</ul>'])
 
 
 def _training_charts(train: Sequence[Line]) -> list[str]:
@@ -191,7 +199,7 @@ def _samples(folder: Path) -> str:
         samples.append(_cards(folder, escape(name), predictions))
         failed = [p for p in predictions if _failed(p)]
         failures.append(_cards(folder, f"{escape(name)}: {len(failed)} of {len(predictions)}", failed))
-    return _section("Samples", samples) + _section("Failures", failures)
+    return section("Samples", samples) + section("Failures", failures)
 
 
 def _cards(folder: Path, title: str, predictions: Sequence[Mapping[str, Any]]) -> str:
@@ -264,7 +272,7 @@ def _troubles(folder: Path) -> str:
             cause = f"{line.get('dataset')}: {line.get('cause')}"
             causes[cause] = causes.get(cause, 0) + 1
     parts += [f"<li>skipped records of {escape(cause)}: {count}</li>" for cause, count in causes.items()]
-    return _section("Troubles", [f"<ul>{''.join(parts)}</ul>"] if parts else [])
+    return section("Troubles", [f"<ul>{''.join(parts)}</ul>"] if parts else [])
 
 
 def _environment(text: str) -> str:
@@ -287,12 +295,14 @@ def _flat(content: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _section(title: str, parts: Sequence[str], kind: str = "") -> str:
+def section(title: str, parts: Sequence[str], kind: str = "") -> str:
+    """Parts under a title, laid out as `kind` of the style sheet; empty where there is none."""
     content = "".join(part for part in parts if part)
     return f'<section><h2>{title}</h2><div class="{kind}">{content}</div></section>\n' if content else ""
 
 
-def _details(title: str, content: str) -> str:
+def details(title: str, content: str) -> str:
+    """Something that is shown when it is asked for; empty where there is nothing."""
     return f"<details><summary>{title}</summary>{content}</details>\n" if content else ""
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 PRELOADED = (
     "blip.train",
     "blip.evaluate",
+    "blip.capfilt.rounds",
     "torch.nn.parallel",
     "torch.utils.data",
     "torch.utils.serialization.config",

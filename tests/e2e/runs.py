@@ -159,7 +159,7 @@ class Commands:
 
         Args:
             argv: its arguments.
-            module: `blip.train` or `blip.evaluate`.
+            module: such as `blip.train`.
             world: number of processes.
             traps: see `tests.e2e.forks`.
             trapped: the rank that the traps are for; -1: all.

@@ -53,6 +53,19 @@ def test_a_training_step_beside_another(name: str, other: str, options: list[str
     assert rows[0]["last_losses"] != pytest.approx(rows[0]["first_losses"], rel=1e-3)
 
 
+@pytest.mark.parametrize("more", [[], ["--shared"]])
+def test_capfilt_beside_the_naive_sequence(tmp_path: Path, more: list[str]) -> None:
+    few = ("--pictures", "12", "--batch", "4", "--max-length", "12")
+    file = tmp_path / "figures.json"
+    told = bench("capfilt", "--json", str(file), *more, small=few)
+    assert "pictures/s: naive" in told
+    figures = json.loads(file.read_text())
+    assert figures["different"] == 0
+    assert figures["worst"] < 2e-5
+    assert figures["texts"] == 24
+    assert figures["shares_tower"] == bool(more)
+
+
 def test_the_data_path_beside_pillow_and_with_many_annotations(tmp_path: Path) -> None:
     few = ("--size", "32", "--pictures", "32", "--rounds", "1", "--rows", "2000", "--samples", "600")
     file = tmp_path / "figures.json"

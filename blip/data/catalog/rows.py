@@ -119,6 +119,8 @@ class Row:
     """Added to names of pictures that have none."""
     judged: dict[str, str] = field(default_factory=dict)
     """Split -> file that says what is in each picture of the embedded scenes, for judging captions."""
+    corrupted: dict[str, str] = field(default_factory=dict)
+    """Split -> file that says what was done to the texts of the embedded web scenes, for CapFilt."""
     templates: str = ""
     """List of instructions that training takes where none is named, as `datasets.NAME.templates`."""
     ocr: dict[str, str] = field(default_factory=dict)

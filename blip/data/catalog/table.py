@@ -66,6 +66,8 @@ CATALOG: dict[str, Row] = {
         kind="caption",
         splits={"train": "scenes/annotations/web.json"},
         images="scenes",
+        judged={"train": "scenes/annotations/records_web.json"},
+        corrupted={"train": "scenes/annotations/web_truth.json"},
         about="embedded: scenes whose captions are corrupted at a known rate, for CapFilt",
     ),
     "scenes_shards": Row(
@@ -78,6 +80,8 @@ CATALOG: dict[str, Row] = {
         kind="caption",
         splits={"train": "scenes/shards/web-*.tar"},
         format="shards",
+        judged={"train": "scenes/annotations/records_web.json"},
+        corrupted={"train": "scenes/annotations/web_truth.json"},
         about="embedded: the web scenes as webdataset shards",
     ),
     **CAPTIONS,

@@ -31,7 +31,8 @@ from blip.data.official.fetch import Web, WebError
 from blip.data.readers import Record
 from blip.data.samples import MALFORMED, BadRecord, read_image, sound
 from blip.data.sources import found_kind, read_source
-from blip.data.streams.shards import SIZES_FILE
+from blip.data.streams.stores import SIZES_FILE
+from blip.data.streams.tars import add_sample
 from blip.errors import ConfigError, DataError, UsageError
 
 log = logging.getLogger(__name__)
@@ -293,16 +294,13 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 
 def _add(tar: tarfile.TarFile, note: Record, picture: bytes) -> None:
-    """Members of one sample; headers hold no time and no owner, so equal content is equal bytes."""
+    """Members of one sample."""
     caption = note.get("caption")
     first = next((text for text in caption if text), None) if isinstance(caption, list) else caption
     members = {"jpg": picture, "json": json.dumps(note, default=str).encode()}
     if isinstance(first, str):
         members["txt"] = first.encode("utf-8", "replace")
-    for ending, content in sorted(members.items()):
-        info = tarfile.TarInfo(f"{note['key']}.{ending}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+    add_sample(tar, note["key"], members)
 
 
 def _write_table(folder: Path, name: str, table: list[Record]) -> None:

@@ -42,6 +42,7 @@ from blip.data.scenes.render import render
 from blip.data.scenes.text import caption, captions
 from blip.data.scenes.web import web_text
 from blip.data.scenes.world import HELD_OUT, Scene, scene, scenes
+from blip.data.streams.tars import add_sample
 from blip.errors import DataError, UsageError
 
 __all__ = [
@@ -371,15 +372,12 @@ def _png(one: Scene, size: int) -> bytes:
 
 
 def _write_shard(path: Path, items: list[dict[str, Any]], pictures: list[bytes]) -> None:
-    """A webdataset shard; headers hold no time and no owner, so equal content is equal bytes."""
+    """A webdataset shard."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for item, picture in zip(items, pictures, strict=True):
             key = Path(item["image"]).stem
             note = json.dumps({"caption": item["caption"], "image_id": item["image_id"]}).encode()
-            for suffix, content in (("png", picture), ("json", note)):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+            add_sample(tar, key, {"png": picture, "json": note})
 
 
 def _write_list(path: Path, items: list[dict[str, Any]]) -> None:

@@ -164,18 +164,26 @@ class ShardDataset:
             sample["image_id"] = picture if known else keyed.key("image_id", str(picture)) >> 16
         return sample
 
-    def _record(self, ref: Ref, file: IO[bytes], name: str, rng: np.random.Generator) -> dict[str, Any]:
-        record: Any = None
+    def stored_record(self, ref: Ref, file: IO[bytes], name: str) -> Any:
+        """What the `.json` member of a sample holds, else the `.txt` member as caption; None: neither.
+
+        Raises:
+            BadRecord: it cannot be read.
+        """
         try:
             if "json" in ref.files:
-                record = json.loads(payload(file, ref.files["json"], name))
-            elif "txt" in ref.files:
+                return json.loads(payload(file, ref.files["json"], name))
+            if "txt" in ref.files:
                 # A byte that is not UTF-8 makes it bad_text, as in annotation files.
                 text = payload(file, ref.files["txt"], name)
                 caption = text.decode("utf-8-sig", errors="surrogateescape").strip()
                 return {self.maker.columns.get("caption", "caption"): caption}
         except (ValueError, RecursionError) as error:
             raise BadRecord("malformed_record", name, str(error)) from error
+        return None
+
+    def _record(self, ref: Ref, file: IO[bytes], name: str, rng: np.random.Generator) -> dict[str, Any]:
+        record = self.stored_record(ref, file, name)
         if isinstance(record, list) and record:
             # LAVIS's ranked captions: one of the best two, drawn anew in each epoch.
             record = record[int(rng.integers(min(2, len(record))))]

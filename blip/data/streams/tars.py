@@ -7,10 +7,11 @@ is extracted, unpickled or executed, and members of unknown kind are ignored.
 from __future__ import annotations
 
 import glob
+import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -219,6 +220,20 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and stem and known:
             yield (f"{folder}/{stem}" if folder else stem), extension, (info.offset_data, info.size)
     yield "", "", None
+
+
+def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
+    """Append a sample; headers hold no time and no owner, so equal content is equal bytes.
+
+    Args:
+        tar: open for writing.
+        key: of the sample, without a dot in its last part.
+        members: ending -> content, in their order.
+    """
+    for ending, content in members.items():
+        info = tarfile.TarInfo(f"{key}.{ending}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
 
 
 def _complete(ref: Ref) -> bool:
