@@ -87,6 +87,10 @@ def execute(config: Config, dry: bool = False) -> None:
                         f"stopped by {signals.received or stop}; continue with run.resume=auto"
                         f" run.output_dir={folder}"
                     ) from None
+                except BaseException:
+                    if dist.is_main():
+                        _abandon(folder)
+                    raise
 
 
 class Round:
@@ -284,8 +288,9 @@ class Round:
             write_text(self.folder / RECIPE_FILE, dump(recipe))
             log.info("train on it with: blip train --cfg %s", self.folder / RECIPE_FILE)
         for name, one_made in made.items() if recipe is None else ():
-            paths = [str(place / path) for path in one_made.paths]
-            log.info("train on it with datasets.%s.path=%s", name, paths[0] if len(paths) == 1 else paths)
+            paths = json.dumps([str((place / path).resolve()) for path in one_made.paths])
+            images = f" datasets.{name}.images={json.dumps(one_made.images)}" if one_made.images else ""
+            log.info("train on it with datasets.%s.path=%s%s", name, paths, images)
 
 
 def _open(config: Config) -> Path:
@@ -302,6 +307,16 @@ def _open(config: Config) -> Path:
 def _finished(place: Path) -> bool:
     """Whether a training run has come to its end: its report is the last that it writes."""
     return (place / REPORT_FILE).is_file() and (place / MODEL_FOLDER).is_dir()
+
+
+def _abandon(folder: Path) -> None:
+    """A run that failed before it found anything is in nobody's way."""
+    if any(path.is_file() for path in folder.glob("round-*/**/*")):
+        return
+    for path in (*folder.glob("round-*"), folder / CONFIG_FILE, folder / ENV_FILE):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def load_bootstrap(

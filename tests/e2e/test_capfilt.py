@@ -371,6 +371,15 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_fails_at_its_start_is_in_nobodys_way(
+    workshop: Workshop, experts: list[str], tmp_path: Path
+) -> None:
+    absent = "run.filter.checkpoint=nowhere"
+    refused = workshop.start(tmp_path / "run", experts[0], absent).refusal()
+    assert "no weights at 'nowhere'" in refused
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_commands_say_whose_task_it_is(workshop: Workshop, commands: Commands) -> None:
     assert "'blip capfilt --cfg ...' carries out" in commands("--cfg", workshop.recipe).refusal()
     ended = commands("--cfg", "tiny/blip_tower.yaml", module=CAPFILT)
