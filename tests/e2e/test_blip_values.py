@@ -173,7 +173,8 @@ def processes(name: str) -> int:
 
 
 def test_every_recipe_has_its_values_here() -> None:
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == TRAINING.keys() | EVALUATION.keys()
+    trained = {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("capfilt")}
+    assert trained == TRAINING.keys() | EVALUATION.keys()
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from blip.config.files import config_roots
 from blip.config.load import load_config
+from blip.data.catalog.table import names
 from blip.data.scenes.make import make_scenes
 from tests.e2e.runs import Commands, Ended, lines
 from tests.e2e.test_blip_recipes import MED, SMALL
@@ -378,6 +381,46 @@ def test_a_run_that_fails_at_its_start_is_in_nobodys_way(
     refused = workshop.start(tmp_path / "run", experts[0], absent).refusal()
     assert "no weights at 'nowhere'" in refused
     assert not (tmp_path / "run").exists()
+
+
+PAPERS: dict[str, tuple[int, dict[str, Any], set[str], str | None]] = {
+    # captions per picture, what is kept, human datasets, recipe of pre-training
+    "blip/capfilt": (1, {"itm": 0.5}, {"coco_caption", "vg_caption"}, "blip/pretrain.yaml"),
+    "blip/capfilt_published": (1, {"itm": 0.5}, set(), None),
+    "blip2/capfilt": (
+        10,
+        {"best": 2, "best_by": "itc"},
+        {"coco_caption", "vg_caption"},
+        "blip2/pretrain_stage1.yaml",
+    ),
+    "tiny/capfilt": (1, {"itm": 0.5}, {"scenes"}, "tiny/blip_pretrain.yaml"),
+}
+
+
+def test_every_recipe_has_its_values_here() -> None:
+    [root, *_] = config_roots()
+    found = {path.relative_to(root).with_suffix("").as_posix() for path in root.glob("*/capfilt*.yaml")}
+    assert found == PAPERS.keys()
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipes_have_the_papers_values(name: str) -> None:
+    num, keep, human, pretrain = PAPERS[name]
+    config = load_config(f"{name}.yaml", known_datasets=names())
+    run = config.run
+    how = run.captions
+    assert (how.num, how.use_nucleus_sampling, how.top_p) == (num, True, 0.9)
+    rules = {"itm": None, "itc": None, "itm_quantile": None, "itc_quantile": None, "best": None}
+    assert asdict(run.keep) == {**rules, "best_by": "itm", **keep}
+    assert set(run.human) == human
+    assert run.pretrain.recipe == pretrain
+    assert run.rounds == 1
+    for expert in (run.captioner, run.filter, run.pretrain):
+        if expert.recipe is not None:
+            load_config(expert.recipe, known_datasets=names())
+    if pretrain is not None and name != "tiny/capfilt":  # that one is of other data
+        known = load_config(pretrain, known_datasets=names()).datasets
+        assert set(config.datasets) == set(known)
 
 
 def test_other_commands_say_whose_task_it_is(workshop: Workshop, commands: Commands) -> None:
