@@ -52,12 +52,13 @@ _MARKUP = (
     r"<(?:[!?][A-Za-z-][^>\r\n]*"
     r"|/?[A-Za-z][A-Za-z0-9_:.-]*(?: +[A-Za-z][A-Za-z0-9_:.-]*(?: *= *(?:'[^']*'|\"[^\"]*\"))?)* */?) *>"
 )
-_COMPANY = "[A-Z]+(?:(?:[&+]|&amp;)[A-Z]+)+"
+_COMPANY = "[A-Z]+(?:(?:(?i:&amp;)|[&+])[A-Z]+)+"
 _QUOTES = "`‘’‚‛“”„‟«»‹›\x91-\x94"  # noqa: RUF001
 _BLANK = r"[ \t\n\xa0]"
 _PART = (
     r'[^ø \t\n"`\'<>|.!?(){},-_$]+'  # of a host; the range from , to _ leaves small letters and a few signs
 )
+_WWW = r'(?i:www)\.(?:[^ \t\n"<>|.!?(){},]+\.)'
 _PATH, _BRACED_PATH = (rf'[^ \t\n"<>|(){braces}]+[^ \t\n"<>|.!?(){{}},-]' for braces in ("{}", ""))
 
 _ABBREVIATED = """adj adm adv alex asst attys? ave brig capt cf cie cmdr col comdr cpl dept det drs? elec
@@ -123,8 +124,15 @@ _RULES = (
     _rule(f"[yY]{_APOS}", f"[{_L}]"),
     # The web.
     _rule(rf"(?i:https?)://{_PATH}"),
-    _rule(rf'(?i:www)\.(?:[^ \t\n"<>|.!?(){{}},]+\.)+[A-Za-z]{{2,4}}(?:/{_BRACED_PATH})?'),
-    _rule(rf"(?:{_PART}\.)+(?i:com|net|org|edu)(?:/{_BRACED_PATH})?"),
+    *(  # of what has several slashes the path that begins first is the longest, whatever the host
+        _rule(rf"{host}{end}")
+        for host, end in (
+            (f"{_WWW}+", "[A-Za-z]{2,4}"),
+            (f"{_WWW}+?", f"[A-Za-z]{{2,4}}/{_BRACED_PATH}"),
+            (rf"(?:{_PART}\.)+", "(?i:com|net|org|edu)"),
+            (rf"(?:{_PART}\.)+?", f"(?i:com|net|org|edu)/{_BRACED_PATH}"),
+        )
+    ),
     _rule(
         r'(?:<|&lt;)?[A-Za-z0-9][^ \t\n"<>|()\xa0{}]*'
         r'@(?:[^ \t\n"<>|().\xa0{}]+\.)*[^ \t\n"<>|().\xa0{}]+(?:>|&gt;)?'
@@ -154,7 +162,7 @@ _RULES = (
     # Periods that belong to what they follow.
     _rule(rf"(?:{_any(_ABBREVIATED)}|{_any(_ABBREVIATED_LAST)})\.", case=False),
     _rule(rf"{_any(_ABBREVIATED_NAMES)}\."),
-    _rule(rf"{_any(_BEFORE_NUMBERS)}\.", r"\s?[0-9]", case=False),
+    _rule(rf"{_any(_BEFORE_NUMBERS)}\.", rf"\s?[{_D}]", case=False),
     _rule(r"[A-Za-z](?:\.[A-Za-z])*\.?"),
     _rule(r"(?:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R))\.?"),
     _rule("[A-Za-z]", rf"\.\s+(?:{_any(_STARTERS)}|{_any(_STARTERS.upper())}|{_MARKUP})\s"),
@@ -167,7 +175,7 @@ _RULES = (
     ),
     # Entities and faces.
     _rule(
-        "&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash|ht|tl|ur|lr|qc|ql|qr|odq|cdq|[a-z](?:acute|grave|circ|tilde|uml|cedil)|#[0-9]+);",
+        "&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash|ht|tl|ur|lr|qc|ql|qr|odq|cdq|#[0-9]+);",
         case=False,
     ),
     _rule(r"[<>]?[:;=][-o*']?[\])(\[dDpP@\\O{|]|:3", "[^A-Za-z0-9]"),
@@ -211,8 +219,10 @@ _NAMED = {
     "&apos;": "'",
     "&nbsp;": "",
 }
+_AS_WRITTEN = ("&quot;", "&apos;")
+"""Stand for their signs in small letters only."""
 _QUOTE_PAIR = re.compile(f"[{_QUOTES}]{{2}}")
-_ENTITY = re.compile("&[aeiouAEIOU](?:acute|grave|uml);")
+_ENTITY = re.compile("&[aeiou](?:acute|grave|uml);", re.IGNORECASE)
 """A letter, however it is written."""
 _CUT_OFF = re.compile(f"{_APOS}(?:[msd]|re|ve|ll)", re.IGNORECASE)
 _NOT = re.compile(f"n{_APOS_OR_TICK}t", re.IGNORECASE)
@@ -221,7 +231,7 @@ _BRACKETS = {**_WITH_HYPHENS, ord("\xad"): None}
 
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\v\f\r\u2028\u2029", " "))
 _SPANNING = re.compile(
-    rf"<|\d[)]?\s+[(]?\d|\.\s+\.|(?i:{_any(_BEFORE_NUMBERS)})\.\s[0-9]"
+    rf"<|\d[)]?\s+[(]?\d|\.\s+\.|(?i:{_any(_BEFORE_NUMBERS)})\.\s\d"
     rf"|(?<![A-Za-z])[A-Za-z]\.\s+(?:<|{_any(_STARTERS)}|{_any(_STARTERS.upper())})"
 )
 """Where a token may depend on what follows the next blank."""
@@ -298,7 +308,8 @@ def _tokens(text: str, following: str) -> str:
 
 def _written(token: str) -> str:
     """How a token is written down."""
-    if (named := _NAMED.get(token.lower())) is not None:
+    known = token.lower()
+    if (named := _NAMED.get(token if known in _AS_WRITTEN else known)) is not None:
         return named
     if _QUOTE_PAIR.fullmatch(token):
         return "".join(_NAMED.get(sign, sign) for sign in token)
@@ -309,7 +320,7 @@ def _written(token: str) -> str:
     if not token.strip(". \xa0") and len(token) > 1:
         return "..."
     if re.fullmatch(rf"{_COMPANY}\.?", token):
-        token = token.replace("&amp;", "&")
+        token = re.sub("(?i:&amp;)", "&", token)
     if re.fullmatch(_MARKUP, token):
         return _lower(token.replace(" ", "\xa0"))
     return _lower(token.translate(_WITH_HYPHENS if token[:1] == "#" or "@" in token else _BRACKETS))
