@@ -116,8 +116,10 @@ class Blip2Config(ModelConfig):
 class Blip2QformerConfig(Blip2Config):
     """Sizes and switches of BLIP-2 stage 1; names and defaults are LAVIS's."""
 
+    objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES))
+    """Losses that are trained: itc, itm, lm (table 6 fine-tunes for retrieval with and without the last)."""
     vit_train_objectives: list[str] = field(default_factory=lambda: list(OBJECTIVES))
-    """Losses (itc, itm, lm) of those steps; the others begin when the tower is frozen."""
+    """Losses of the first `vit_train_steps`; then come those of `objectives`."""
     embed_dim: int = 256
     """Width of the contrastive space (E)."""
     label_smoothing: float = 0.1
@@ -128,6 +130,8 @@ class Blip2QformerConfig(Blip2Config):
     """The learned temperature is kept at or above this; LAVIS has no bound."""
     image_id_targets: bool = True
     """Use `image_id` where a batch has it: the same picture's texts are positives, never negatives."""
+    hard_negatives: bool = True
+    """Draw the negatives of the ITM loss by their similarity; false: all equally often."""
     gather_with_grad: bool = True
     """Let ITC gradients flow to the features of other ranks; LAVIS does not."""
 
@@ -139,11 +143,12 @@ class Blip2QformerConfig(Blip2Config):
         return found + self._text_problems() + self._objective_problems()
 
     def _objective_problems(self) -> list[str]:
-        key, given = "vit_train_objectives", self.vit_train_objectives
-        if not given:
-            return [f"{key}: empty; name at least one of {', '.join(OBJECTIVES)}"]
-        if unknown := [name for name in given if name not in OBJECTIVES]:
-            return [f"{key}: unknown objective {name!r}{hint(name, OBJECTIVES)}" for name in unknown]
+        for key in ("objectives", "vit_train_objectives"):
+            given = getattr(self, key)
+            if not given:
+                return [f"{key}: empty; name at least one of {', '.join(OBJECTIVES)}"]
+            if unknown := [name for name in given if name not in OBJECTIVES]:
+                return [f"{key}: unknown objective {name!r}{hint(name, OBJECTIVES)}" for name in unknown]
         if set(given) != set(OBJECTIVES) and not self.vit_train_steps:
             return [f"{key}: only while the tower is trained first; set vit_train_steps, or leave this out"]
         return []

@@ -118,9 +118,10 @@ class Blip2Qformer(Captioning, Blip2Base, Reranking):
         return output
 
     def objectives(self) -> frozenset[str]:
-        """The losses computed at present: all, or `vit_train_objectives` while the tower trains first."""
+        """The losses computed at present: `objectives`, or `vit_train_objectives` while the tower trains
+        first."""
         first = self.config.vit_train_steps and not self.vision.frozen
-        return frozenset(self.config.vit_train_objectives if first else OBJECTIVES)
+        return frozenset(self.config.vit_train_objectives if first else self.config.objectives)
 
     def idle_parameters(self) -> bool:
         """True while a loss is left out: its heads get no gradient."""
@@ -161,7 +162,10 @@ class Blip2Qformer(Captioning, Blip2Base, Reranking):
         wanted = self.objectives()
         found = contrast(batch, feats, pool, self.temp, self.config.label_smoothing)
         output = found.figures(self.temp) if "itc" in wanted else Output()
-        return output, draw_negatives(batch, found, pool, self.negative_sampler) if "itm" in wanted else None
+        if "itm" not in wanted:
+            return output, None
+        hard = self.config.hard_negatives
+        return output, draw_negatives(batch, found, pool, self.negative_sampler, hard=hard)
 
     def match(self, batch: dict[str, Any], seen: Representation, pool: Pool, negatives: Negatives) -> Output:
         """The ITM loss: B pairs, then each image with a wrong text, then each text with a wrong image."""

@@ -123,6 +123,8 @@ class MomentumConfig(BlipConfig):
     """Contrast with the current batch of all ranks; BLIP: of the own rank, and the queue."""
     negative_all_rank: bool = False
     """Draw the hard negatives of the ITM loss from all ranks; otherwise from the own one."""
+    hard_negatives: bool = True
+    """Draw the negatives of the ITM loss by their similarity (section 3.2); false: all equally often."""
 
     def problems(self) -> list[str]:
         """Values that cannot be used."""

@@ -88,7 +88,8 @@ class BlipPretrain(BlipRetrieval):
         self, batch: dict[str, Any], views: Views, found: Contrasted, pool: Pool
     ) -> tuple[Pool, Negatives]:
         """Hard negatives by the similarities of the ITC loss."""
-        return pool, draw_negatives(batch, found, pool, self.negative_sampler, NEGATIVE_FLOOR)
+        hard = self.config.hard_negatives
+        return pool, draw_negatives(batch, found, pool, self.negative_sampler, NEGATIVE_FLOOR, hard)
 
     def narrate(self, batch: dict[str, Any], views: Views) -> Output:
         """The LM loss: each text again, token by token, by the decoder that looks at its image."""

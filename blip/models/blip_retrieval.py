@@ -202,7 +202,8 @@ class BlipRetrieval(Judging, BlipBase):
             pool = self._pool(batch, views, self.config.negative_all_rank)
         sim_i2t, sim_t2i, positive = online_similarities(views.feats, pool, self.temp)
         seen = Contrasted(found.loss, sim_i2t, sim_t2i, positive)
-        return pool, draw_negatives(batch, seen, pool, self.negative_sampler)
+        hard = self.config.hard_negatives
+        return pool, draw_negatives(batch, seen, pool, self.negative_sampler, hard=hard)
 
     def match(self, batch: dict[str, Any], views: Views, found: Contrasted, pool: Pool) -> Output:
         """The ITM loss over B pairs and 2B hard negatives."""

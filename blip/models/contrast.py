@@ -248,6 +248,7 @@ def draw_negatives(
     pool: Pool,
     sampler: NegativeSampler | None,
     floor: float = 0.0,
+    hard: bool = True,
 ) -> Negatives:
     """The hard negatives that the similarities suggest.
 
@@ -257,12 +258,15 @@ def draw_negatives(
         pool: where the negatives are.
         sampler: chooses them; None = the keyed draw.
         floor: as of `hard_negatives`.
+        hard: False draws all negatives equally often instead.
     """
     rows = batch.get("rows", pool.columns)
+    sims = (seen.sim_t2i, seen.sim_i2t)
+    of_text, of_image = sims if hard else map(torch.zeros_like, sims)
     sampler = sampler or KeyedSampler(batch.get("seed", 0), batch.get("step", 0))
     return Negatives(
-        hard_negatives(seen.sim_t2i, seen.positive, rows, sampler, "image", floor),
-        hard_negatives(seen.sim_i2t, seen.positive, rows, sampler, "text", floor),
+        hard_negatives(of_text, seen.positive, rows, sampler, "image", floor),
+        hard_negatives(of_image, seen.positive, rows, sampler, "text", floor),
         ~seen.positive.all(dim=1),
         _share_with_negatives(pool),
     )

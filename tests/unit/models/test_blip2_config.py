@@ -68,6 +68,8 @@ def test_keys_of_the_tower_that_the_model_decides_are_refused(vit: dict[str, Any
         ({"temp": 0.0}, r"temp: 0.0 is not above 0"),
         ({"vit_train_steps": -1}, r"vit_train_steps: -1 is below 0"),
         ({"vit_train_steps": 5, "freeze_vit": False}, r"vit_train_steps: only for a tower that is frozen .*"),
+        ({"objectives": []}, r"objectives: empty; name at least one of itc, itm, lm"),
+        ({"objectives": ["itg"]}, r"objectives: unknown objective 'itg'; .*itm.*"),
         ({"vit_train_objectives": ["itc"]}, r"vit_train_objectives: only while .* set vit_train_steps.*"),
         ({"vit_train_objectives": []}, r"vit_train_objectives: empty; name at least one of itc, itm, lm"),
         (

@@ -45,6 +45,19 @@ def test_what_is_left_out_is_absent_and_the_rest_is_unchanged(objectives: tuple[
     assert not full.idle_parameters()
 
 
+@pytest.mark.parametrize("objectives", SUBSETS, ids="+".join)
+def test_a_loss_that_is_no_objective_is_left_out_to_the_end(objectives: tuple[str, ...]) -> None:
+    full, part = small_model(), small_model(objectives=list(objectives))
+    expected, got = full(batch()), part(batch())
+    assert got.keys() == set().union({"loss"}, *(FIGURES[name] for name in objectives))
+    torch.testing.assert_close(got.loss, sum(expected[f"loss_{name}"] for name in objectives))
+    assert part.idle_parameters()
+    later = small_model(objectives=list(objectives), vit_train_steps=1, vit_train_objectives=["lm"])
+    assert later(batch()).keys() == {"loss", "loss_lm"}
+    later.on_step(1)
+    assert later(batch()).keys() == got.keys()
+
+
 def test_parts_of_left_out_losses_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     for name in ("text_feats", "pool", "contrast", "match", "narrate"):

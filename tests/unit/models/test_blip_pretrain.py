@@ -6,6 +6,7 @@ That the losses are right is shown in `tests/parity/test_blip_pretrain_reference
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from blip.losses import argmax_sampler
 from blip.models.blip_pretrain import NEGATIVE_FLOOR, BlipPretrain, BlipPretrainConfig
 from blip.models.med import Med, MedConfig
 from tests.reference.small_blip import MODELS, SIZES, small_blip, steps_of
-from tests.reference.small_stage1 import VOCAB, assert_same, global_batch, gradients, part_of
+from tests.reference.small_stage1 import (
+    VOCAB,
+    assert_same,
+    global_batch,
+    gradients,
+    part_of,
+    small_model,
+)
 
 FIGURES = {"loss", "loss_itc", "loss_itm", "loss_lm", "itc_acc", "itm_acc", "temp", "alpha"}
 KINDS = ["pretrain", "retrieval"]
@@ -228,6 +236,28 @@ def test_weights_of_negatives_are_the_softmax_and_a_floor() -> None:
         wanted = (torch.softmax(sim, dim=1) + NEGATIVE_FLOOR) * off
         torch.testing.assert_close(seen[stream], wanted.detach())
     assert set(seen) == {"image", "text"}
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "retrieval", "stage 1"])
+def test_negatives_are_drawn_equally_often_where_they_need_not_be_hard(kind: str) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def noted(weights: Tensor, rows: Tensor, stream: str) -> Tensor:
+        seen[stream] = weights / weights.sum(dim=1, keepdim=True)
+        return argmax_sampler(weights, rows, stream)
+
+    batch = global_batch(5, ids=False)
+    off = ~torch.eye(5, dtype=torch.bool)
+    for hard in (True, False):
+        make = small_model if kind == "stage 1" else partial(small_blip, kind)
+        model = make(hard_negatives=hard)
+        model.negative_sampler = noted
+        assert torch.isfinite(model(batch).loss_itm)
+        assert set(seen) == {"image", "text"}
+        for weights in seen.values():
+            equal = torch.allclose(weights, off.to(weights) / 4, atol=1e-9)
+            assert equal != hard
+            assert torch.equal(weights > 0, off)
 
 
 def test_drawn_negatives_depend_on_seed_and_step_alone() -> None:
