@@ -98,6 +98,9 @@ def _new_folder(parent: Path) -> Path:
 
 def _writable(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    for draft in folder.glob(f"{atomic.PARTIAL}*"):  # of a process that was killed: a run has one at a time
+        if draft.is_file():
+            draft.unlink(missing_ok=True)
     probe = folder / f"{atomic.PARTIAL}probe"
     probe.touch()
     probe.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -19,8 +21,14 @@ from blip.config.files import config_roots
 from blip.config.load import load_config
 from blip.data.catalog.table import names
 from blip.data.scenes.make import make_scenes
+from blip.models.llm import LLMConfig, build_llm
+from blip.processors.image import BlipImageEval
+from blip.zoo import load_model
 from tests.e2e.runs import Commands, Ended, lines
 from tests.e2e.test_blip_recipes import MED, SMALL
+from tests.e2e.test_instruct_recipes import QFORMER
+from tests.e2e.test_instruct_recipes import SMALL as BLIP2
+from tests.reference.small_stage2 import LLMS
 
 CAPFILT = "blip.capfilt.__main__"
 WEB = 72
@@ -186,7 +194,9 @@ def test_the_recipe_that_is_left_trains_on_it(
 
 # Interrupted
 
-MOMENTS: list[tuple[str, int, tuple[str, ...]]] = [
+Moment = tuple[str, int, tuple[str, ...]]
+"""What is called, how often at most, and whether to be killed before or after it."""
+MOMENTS: list[Moment] = [
     ("torch.optim.AdamW.step", 4, ("before", "after")),  # both fine-tunings, two steps each
     ("blip.models.base.BlipModel.save_pretrained", 2, ("before", "after")),
     ("blip.engine.runner.write_report", 2, ("before", "after")),
@@ -219,6 +229,71 @@ def test_killed_at_random_moments_it_writes_the_same_bytes(
         half.write_bytes(half.read_bytes()[:-40])
     found = workshop.done(place, "run.resume=auto")
     assert killed >= 2
+    assert files(found / "dataset") == files(straight / "dataset")
+    assert files(found / "scored") == files(straight / "scored")
+    assert (found / "summary.json").read_bytes() == (straight / "summary.json").read_bytes()
+    assert list(place.rglob(".partial-*")) == []
+
+
+TUNING: list[Moment] = [
+    ("torch.optim.AdamW.step", 2, ("before", "after")),
+    ("blip.models.base.BlipModel.save_pretrained", 1, ("before", "after")),
+    ("blip.engine.runner.write_report", 1, ("before", "after")),
+    ("os.replace", 6, ("before", "after")),
+]
+PHASES: dict[str, tuple[tuple[str, ...], list[Moment]]] = {
+    "captioner": ((), TUNING),
+    "filter": (("captioner",), TUNING),
+    "score": (
+        ("captioner", "filter"),
+        [
+            ("blip.capfilt.bootstrap.Bootstrap.__call__", 4, ("before", "after")),
+            ("blip.capfilt.journal.Journal.add", 20, ("before", "after")),
+            ("blip.capfilt.journal.Journal.end", 2, ("before", "after")),
+        ],
+    ),
+    "write": (
+        ("captioner", "filter", "scored"),
+        [
+            ("blip.capfilt.dataset.write_shard", 8, ("before", "after")),
+            ("blip.capfilt.dataset.write_records", 1, ("before", "after")),
+            ("blip.capfilt.output._Writer.put", 60, ("before", "after")),
+            ("shutil.rmtree", 4, ("before", "after")),
+            ("blip.capfilt.rounds.write_report", 1, ("before", "after")),
+            ("os.replace", 8, ("before", "after")),
+        ],
+    ),
+}
+"""Part of a round -> folders of the parts before it, and moments within it."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_killed_ten_times_within_each_part_it_writes_the_same_bytes(
+    workshop: Workshop, straight: Path, tmp_path: Path, phase: str
+) -> None:
+    before, moments = PHASES[phase]
+    rng, killed, place = random.Random(phase), 0, tmp_path / "run"
+
+    def begin() -> None:
+        """Everything before this part is done."""
+        shutil.rmtree(place, ignore_errors=True)
+        for name in before:
+            shutil.copytree(straight / name, place / "round-1" / name)
+        for name in ("config.yaml", "env.json") if before else ():
+            shutil.copy(straight.parent / name, place / name)
+
+    begin()
+    while killed < 10:
+        target, calls, when = rng.choice(moments)
+        trap = ["die_at", target, rng.randint(1, calls), rng.choice(when)]
+        ended = workshop.start(place, "run.resume=auto", traps=[trap])
+        assert ended.code in (0, -signal.SIGKILL), ended.output
+        killed += ended.code == -signal.SIGKILL
+        if ended.code == 0:
+            assert files(place / "round-1" / "dataset") == files(straight / "dataset")
+            begin()
+    found = workshop.done(place, "run.resume=auto")
     assert files(found / "dataset") == files(straight / "dataset")
     assert files(found / "scored") == files(straight / "scored")
     assert (found / "summary.json").read_bytes() == (straight / "summary.json").read_bytes()
@@ -299,6 +374,67 @@ def test_a_folder_of_own_pictures_gets_synthetic_texts(
     [skipped] = (found / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skipped)["cause"] == "truncated_image"
     assert not (found / "train.yaml").exists()
+
+
+def test_blip2_writes_and_judges(workshop: Workshop, tmp_path: Path) -> None:
+    """A language model behind a Q-Former, and the matching head of stage 1, on a folder of pictures."""
+    torch.manual_seed(3)
+    llm = build_llm(None, LLMConfig(sizes=LLMS["opt"], tokenizer="scenes"))
+    for part in (llm.model, llm.tokenizer._tokenizer):
+        part.save_pretrained(tmp_path / "llm")
+    eyes = [f"datasets.scenes.vis_processor.{stage}.image_size=32" for stage in ("train", "eval")]
+    small = [*BLIP2, *eyes, f"run.data_root={workshop.root}", "run.test_splits=[]", "run.batch_size_train=8"]
+    sizes = f"model.qformer={{{QFORMER}, init_from: null}}"
+    stages = {
+        "stage1": ["tiny/pretrain_stage1.yaml", sizes, "model.vit_train_steps=1", "run.max_iters=2"],
+        "stage2": ["tiny/pretrain_stage2.yaml", sizes, f"model.llm_model={tmp_path / 'llm'}"],
+    }
+    for name, (recipe, *more) in stages.items():
+        start = [f"model.init_from={tmp_path / 'stage1'}"] if name == "stage2" else []
+        ended = workshop.commands(
+            *("--cfg", recipe, *small, *more, *start, f"run.output_dir={tmp_path / name}")
+        )
+        assert ended.code == 0, ended.output
+    recipe = tmp_path / "own.yaml"
+    run = {
+        "task": "capfilt",
+        "captioner": {"checkpoint": str(tmp_path / "stage2")},
+        "filter": {"checkpoint": str(tmp_path / "stage1")},
+        "captions": {"use_nucleus_sampling": False, "num_beams": 2, "max_length": 6, "min_length": 1},
+        "keep": {"itm": 0.0},
+        "batch_size_eval": 16,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    own = workshop.root / "scenes" / "images" / "test"
+    recipe.write_text(yaml.safe_dump({"datasets": {"mine": {"path": str(own)}}, "run": run}))
+    found = workshop.done(tmp_path / "run", recipe=recipe)
+    journal = scored(found)
+    assert len(journal) == 16
+    model = load_model("blip2_llm", checkpoint=str(tmp_path / "stage2"), is_eval=True)
+    eye = BlipImageEval(image_size=32)
+    files_of_own = sorted(own.iterdir())
+    for name, line in journal.items():
+        with Image.open(files_of_own[int(Path(name).name)]) as image:
+            pixels = eye(image.convert("RGB"))[None]
+        wanted = model.generate({"image": pixels}, num_beams=2, max_length=6, min_length=1)
+        assert [text["caption"] for text in line["texts"]] == [w for w in wanted if re.search(r"\w", w)]
+        assert all(0 < text["itm"] < 1 for text in line["texts"])
+    assert any(line["texts"] for line in journal.values())
+
+
+def test_half_precision_judges_nearly_the_same(
+    workshop: Workshop, straight: Path, experts: list[str], tmp_path: Path
+) -> None:
+    only = [experts[1], "run.captioner=null", "run.captions.num=0", "datasets.scenes_web_shards=null"]
+    found = workshop.done(tmp_path / "run", *only, "run.precision=bf16")
+    before, differs = scored(straight), 0
+    for picture, line in scored(found).items():
+        [half] = line["texts"]
+        full = next(text for text in before[picture]["texts"] if text["origin"] == "web")
+        assert half["itm"] == pytest.approx(full["itm"], abs=0.05)
+        differs += half["itm"] != full["itm"]
+    assert differs > WEB // 2
 
 
 def test_captions_only_and_filter_only(workshop: Workshop, experts: list[str], tmp_path: Path) -> None:
