@@ -23,6 +23,7 @@ from blip.data.catalog import table as catalog
 from blip.data.catalog.table import CATALOG
 from blip.data.datasets import Records
 from blip.data.locate import locate
+from blip.data.pictures import number_pictures, picture_key
 from blip.data.readers import detect
 from blip.data.records import HfRecords
 from blip.data.samples import BadRecord, Picture, SampleMaker, sound
@@ -108,15 +109,24 @@ class RecordPool:
     captioned: bool = True
     truth: TruthFiles | None = None
 
+    num_pictures: int = field(init=False)
+    """Of all units."""
+
     def __post_init__(self) -> None:
         # Picture after picture, in order of appearance, with the records of each.
-        self.order = np.argsort(self.records.pictures, kind="stable")
-        self.starts = np.searchsorted(self.records.pictures[self.order], np.arange(self.num_pictures + 1))
+        pictures, self.num_pictures = self._pictures()
+        self.order = np.argsort(pictures, kind="stable")
+        self.starts = np.searchsorted(pictures[self.order], np.arange(self.num_pictures + 1))
 
-    @property
-    def num_pictures(self) -> int:
-        """Of all units."""
-        return int(self.records.num_pictures)
+    def _pictures(self) -> tuple[np.ndarray, int]:
+        """Number of each record's picture, and how many there are."""
+        records = self.records
+        if self.layout == "hf":  # a look at each would read all of them
+            return records.pictures, int(records.num_pictures)
+        # By path alone: a text is judged beside its own picture, also where two files count `image_id` anew.
+        places = ((i, records[i].get("image")) for i in range(len(records)))
+        keys = (picture_key({"image": one}, i, records.origin(i)[1]) for i, one in places)
+        return number_pictures(np.fromiter(keys, np.uint64, len(records)))
 
     def units(self) -> Sequence[RecordUnit]:
         """Runs of `part_size` pictures."""

@@ -159,6 +159,20 @@ def test_several_files_stay_several_files(pictures: Path, tmp_path: Path) -> Non
     assert own == {"d.png"}
 
 
+def test_files_that_count_their_pictures_anew_stay_apart(pictures: Path, tmp_path: Path) -> None:
+    files = [
+        dump(tmp_path / f"{name}.json", [{"image": f"{name}.png", "caption": name, "image_id": 0}])
+        for name in ("a", "b")
+    ]
+    section = DatasetConfig(path=[str(path) for path in files], images=str(pictures))
+    pool = open_pool("mine", section, "train", 2)
+    [unit] = pool.units()
+    entries = [unit.entry(number) for number in range(len(unit))]
+    assert [Path(str(one.picture)).stem for one in entries] == ["a", "b"]
+    assert [[text.caption for text in one.texts] for one in entries] == [["a"], ["b"]]
+    assert write(tmp_path / "round-1", pool)["mine"].texts == 4
+
+
 def test_a_folder_of_pictures_becomes_jsonl(pictures: Path, tmp_path: Path) -> None:
     section = DatasetConfig(path=str(pictures))
     made = write(tmp_path / "round-1", open_pool("mine", section, "train", 2))["mine"]
