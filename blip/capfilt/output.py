@@ -79,8 +79,9 @@ def write_shard(
     def write(path: Path) -> None:
         nonlocal samples
         with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-            for number, line in zip(range(len(unit)), journal.lines(), strict=False):
+            for number, line in enumerate(journal.lines()):
                 if texts := choose(line):
+                    _check(unit, number, line)
                     _add(tar, unit, number, texts, told)
                     samples += 1
 
@@ -89,6 +90,17 @@ def write_shard(
     if not samples:
         place.unlink()  # an empty shard would only be in the way
     return samples
+
+
+def _check(unit: RecordUnit | ShardUnit, number: int, line: Mapping[str, Any]) -> None:
+    """Raise where a unit has another picture, or none, where one was judged."""
+    name = unit.name(number) if number < len(unit) else None
+    if name != line["picture"]:
+        why = "; ".join(map(str, unit.close())) or f"{name or 'nothing'} is in its place"
+        raise DataError(
+            f"{line['picture']}: it was there when its texts were judged, and is not any more ({why}); put"
+            " the same files back, and go on with run.resume=auto"
+        )
 
 
 def _add(

@@ -16,7 +16,7 @@ from PIL import Image
 from blip.capfilt.dataset import Dataset
 from blip.capfilt.journal import Journal
 from blip.capfilt.output import Made, Provenance
-from blip.capfilt.units import Entry, open_pool
+from blip.capfilt.units import Entry, ShardUnit, open_pool
 from blip.capfilt.work import Pool, Work, work_of
 from blip.config.schema import DatasetConfig
 from blip.data.streams.tars import add_sample
@@ -244,6 +244,25 @@ def test_shards_keep_names_keys_and_pictures(pictures: Path, tmp_path: Path) -> 
     with tarfile.open(place / "x-01.tar") as tar:
         notes = [json.loads(tar.extractfile(i).read()) for i in tar if i.name.endswith("json")]  # type: ignore[union-attr]
     assert notes[0]["caption"] == ["fine", "also fine", "written"]
+
+
+@pytest.mark.parametrize("now", ["gone", "another", "shorter"])
+def test_a_shard_that_is_not_as_it_was_judged_stops_it(pictures: Path, tmp_path: Path, now: str) -> None:
+    """Nothing is left out in silence, nor given to another picture."""
+    red, path = (pictures / "a.png").read_bytes(), tmp_path / "web" / "x.tar"
+    samples = [(key, {"png": red, "txt": key.encode()}) for key in "pqr"]
+    shard(path, samples)
+    section = DatasetConfig(path=str(path))
+    work = work_of([open_pool("mine", section, "train", 2)], tmp_path / "scored")
+    judge(work)
+    if now == "gone":
+        path.unlink()
+    else:
+        shard(path, samples[1:] if now == "another" else samples[:2])
+    work = [one._replace(unit=ShardUnit(one.unit.data, 0)) for one in work]  # as another process has it
+    least = {origin: {"itm": 0.5} for origin in ("web", "synthetic")}
+    with pytest.raises(DataError, match="was there when its texts were judged"):
+        Dataset(tmp_path, KEEP, TOLD, least, lambda: False).write(work, [work[0].pool], lambda: None)
 
 
 def test_a_draft_of_other_rules_is_begun_anew(pictures: Path, tmp_path: Path) -> None:
