@@ -29,6 +29,7 @@ from blip.errors import DataError
 PROVENANCE = "provenance"
 FORMATS = ("json", "jsonl", "csv", "tsv")
 _TABLES = ("csv", "tsv")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Made(NamedTuple):
@@ -144,9 +145,7 @@ def write_records(
         nonlocal count
         with ExitStack() as stack:
             writers = {
-                file: _Writer(
-                    stack.enter_context(path.open("w", encoding="utf-8", newline="")), _format(name), columns
-                )
+                file: _Writer(stack.enter_context(_opened(path)), _format(name), columns)
                 for file, (path, name) in ((f, (paths[f], n)) for f, n in files.names.items())
             }
             for file, record in _kept(pool, journals, choose, told):
@@ -171,6 +170,11 @@ def _write_together(places: Mapping[str, Path], write: Callable[[Mapping[str, Pa
         write_file(path, lambda partial: nested(more, {**opened, file: partial}))
 
     nested([(first, place), *others], {})
+
+
+def _opened(path: Path) -> TextIO:
+    """For bytes that are no UTF-8, too, which come back as they were."""
+    return path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
 class _Files:
@@ -256,6 +260,8 @@ class _Writer:
             self._row(["" if (value := values.get(name)) is None else str(value) for name in self._columns])
             return
         text = json.dumps(record, ensure_ascii=False, default=str)
+        # Half a character, as a field that was cut off has it, has no bytes.
+        text = _HALF.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
         if self._layout == "json":
             self._file.write(("[\n" if self._first else ",\n") + text)
         else:

@@ -143,6 +143,19 @@ def test_annotation_files_keep_their_format(pictures: Path, tmp_path: Path, endi
     assert found[0]["provenance"] == told
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv"])
+def test_fields_that_are_no_utf8_come_back_as_they_were(pictures: Path, tmp_path: Path, ending: str) -> None:
+    path = dump(tmp_path / f"web.{ending}", [{**RECORDS[0], "url": "CUT"}])
+    whole = path.read_bytes()
+    for cut in (b"\xff", b"\\ud83d") if ending.startswith("json") else (b"\xff",):
+        path.write_bytes(whole.replace(b"CUT", cut))
+        pool = open_pool("mine", DatasetConfig(path=str(path), images=str(pictures)), "train", 2)
+        made = write(tmp_path / f"{len(cut)}", pool)["mine"]
+        file = tmp_path / f"{len(cut)}" / "dataset" / made.paths[0]
+        again = open_pool("mine", DatasetConfig(path=str(file), images=str(pictures)), "train", 2)
+        assert [r["url"] for r in again.records] == [r["url"] for r in pool.records] * 2
+
+
 def test_several_files_stay_several_files(pictures: Path, tmp_path: Path) -> None:
     first = dump(tmp_path / "web.json", RECORDS[:2])
     (tmp_path / "more").mkdir()
