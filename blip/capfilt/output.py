@@ -187,16 +187,17 @@ class _Files:
             for member in pool.members(picture):
                 file, root = pool.records.origin(member)
                 if file not in self.names:
-                    self.names[file] = self._free(Path(file), pool.name)
+                    self.names[file] = self._free(Path(file), pool)
                     self.roots[file] = str(Path(root).resolve())
 
-    def _free(self, file: Path, name: str) -> str:
+    def _free(self, file: Path, pool: RecordPool) -> str:
         """A name like that of the file, which no other one has."""
         stem, _, ending = file.name.removesuffix(".gz").rpartition(".")
         if file.is_dir() or not stem:
-            stem, ending = file.name or name, "jsonl"
+            stem, ending = file.name or pool.name, "jsonl"
         elif ending.lower() not in FORMATS:
-            ending = found if (found := detect(file)) in FORMATS else "jsonl"
+            told = pool.layout if pool.layout != "auto" else detect(file)
+            ending = told if told in FORMATS else "jsonl"
         taken = set(self.names.values())
         number, found = 1, f"{stem}.{ending}"
         while found in taken:

@@ -25,7 +25,6 @@ from blip.data.datasets import Records
 from blip.data.locate import locate
 from blip.data.pictures import number_pictures, picture_key
 from blip.data.readers import detect
-from blip.data.records import HfRecords
 from blip.data.samples import BadRecord, Picture, SampleMaker, sound
 from blip.data.sources import check_pictures, found_kind, read_source
 from blip.data.streams.shards import ShardDataset
@@ -374,8 +373,9 @@ def open_pool(
     check_pictures(name, records, SampleMaker(None, str), source.named)  # type: ignore[arg-type]
     if not len(records):
         raise DataError(f"datasets.{name}: no records")
-    hf = isinstance(records, HfRecords) or any(detect(path) == "hf" for path in source.paths)
-    layout, truth = "hf" if hf else source.layout, _truth(name, section, split, data_root)
+    layout, truth = source.layout, _truth(name, section, split, data_root)
+    if layout == "auto" and any(detect(path) == "hf" for path in source.paths):
+        layout = "hf"
     return RecordPool(called or name, records, layout, part_size, captioned, truth)
 
 

@@ -172,6 +172,16 @@ def test_several_files_stay_several_files(pictures: Path, tmp_path: Path) -> Non
     assert own == {"d.png"}
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv"])
+def test_a_file_may_have_any_name_where_its_format_is_told(
+    pictures: Path, tmp_path: Path, ending: str
+) -> None:
+    path = dump(tmp_path / f"web.{ending}", RECORDS).rename(tmp_path / "web.txt")
+    section = DatasetConfig(path=str(path), images=str(pictures), format=ending)
+    made = write(tmp_path / "round-1", open_pool("mine", section, "train", 2))["mine"]
+    assert made.paths == [f"mine/web.{ending}"]
+
+
 def test_files_that_count_their_pictures_anew_stay_apart(pictures: Path, tmp_path: Path) -> None:
     files = [
         dump(tmp_path / f"{name}.json", [{"image": f"{name}.png", "caption": name, "image_id": 0}])
