@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from blip import atomic, keyed
-from blip.capfilt.select import ORIGINS, RANGES, Thresholds, fulfils
+from blip.capfilt.select import ORIGINS, RANGES, Thresholds, choose
 from blip.capfilt.units import Unit
 from blip.capfilt.work import Work
 from blip.data.samples import BadRecord, read_image
 from blip.engine.charts import histogram
 from blip.engine.report import details, page, section, thumbnail
 from blip.engine.run_folder import CONFIG_FILE, REPORT_FILE
+from blip.tasks.capfilt import KeepConfig
 
 EXAMPLES = 12
 """Of each kind that are shown."""
@@ -22,14 +23,17 @@ _LOOKED_AT = 4000
 """Pictures of a dataset among which examples are looked for."""
 
 
-def write_report(folder: Path, summary: Mapping[str, Any], work: Sequence[Work], least: Thresholds) -> Path:
+def write_report(
+    folder: Path, summary: Mapping[str, Any], work: Sequence[Work], keep: KeepConfig, least: Thresholds
+) -> Path:
     """Write the page; returns its path.
 
     Args:
         folder: of the round.
         summary: as `summary.json` has it.
         work: all units.
-        least: thresholds of scores.
+        keep: the rules.
+        least: thresholds that follow from them.
     """
     title = f"{folder.resolve().parent.name}, round {summary['round']}"
     parts = [_header(title, summary)]
@@ -38,7 +42,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], work: Sequence[Work],
         parts.append(_counts(name, counts))
         parts.append(_truth(name, counts.get("truth", {})))
         parts.append(section(f"{escape(name)}: scores", _histograms(counts, least), "charts"))
-        accepted, rejected = _examples(units, least)
+        accepted, rejected = _examples(units, keep, least)
         for what, found in (("kept", accepted), ("removed", rejected)):
             for origin in ORIGINS:
                 cards = found[origin]
@@ -115,7 +119,9 @@ def _histograms(counts: Mapping[str, Any], least: Thresholds) -> list[str]:
     return found
 
 
-def _examples(work: Sequence[Work], least: Thresholds) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _examples(
+    work: Sequence[Work], keep: KeepConfig, least: Thresholds
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Cards of kept and of removed texts, by origin, of pictures here and there."""
     accepted: dict[str, list[str]] = {origin: [] for origin in ORIGINS}
     rejected: dict[str, list[str]] = {origin: [] for origin in ORIGINS}
@@ -124,8 +130,9 @@ def _examples(work: Sequence[Work], least: Thresholds) -> tuple[dict[str, list[s
         unit, journal = work[at].unit, work[at].journal
         for number, line in enumerate(journal.lines()):
             looked += 1
+            kept = choose(line, keep, least)
             for text in line.get("texts", ()):
-                chosen = (accepted if fulfils(text, least) else rejected)[text["origin"]]
+                chosen = (accepted if any(text is one for one in kept) else rejected)[text["origin"]]
                 if len(chosen) < EXAMPLES and (card := _card(unit, number, line, text)):
                     chosen.append(card)
         unit.close()

@@ -281,7 +281,7 @@ class Round:
         write_text(self.folder / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         for name, tally in tallies.items():
             log.info("round %d: %s: %s", self.number, name, tally.line())
-        write_report(self.folder, summary, work, least)
+        write_report(self.folder, summary, work, self.run.keep, least)
         before = {name: tally.texts["web"] or tally.pictures for name, tally in tallies.items()}
         recipe = next_recipe(self.config, self.run, place, made, before)
         if recipe is not None:
