@@ -32,14 +32,20 @@ class Journal:
     @property
     def done(self) -> bool:
         """Whether the unit is done: the last line says so."""
+        return self.pictures is not None
+
+    @property
+    def pictures(self) -> int | None:
+        """Of the unit, as its last line says; None: it is not done."""
         try:
             with self.path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 256))
                 end = file.read()
         except OSError:
-            return False
+            return None
         last = end[:-1].rpartition(b"\n")[2]
-        return end.endswith(b"\n") and last.startswith(b'{"done"')
+        found = end.endswith(b"\n") and last.startswith(b'{"done"')
+        return int(json.loads(last)["done"]) if found else None
 
     def begin(self, batch_size: int, pictures: int) -> int:
         """Drop what is left of an unfinished batch.

@@ -212,15 +212,15 @@ class Round:
             for one in work:
                 if self._stopping():
                     break
-                if one.journal.done:
-                    progress.skip(len(one.unit))
+                if (pictures := one.journal.pictures) is not None:
+                    progress.skip(pictures)
                 elif claims.take(one.name):
                     self._score_unit(strap, one, skips, progress)
             self._meet()
 
     def _score_unit(self, strap: Bootstrap, one: Work, skips: SkipLog, progress: Progress) -> None:
-        run, size, unit = self.run, self.run.batch_size_eval, one.unit
-        start = one.journal.begin(size, len(unit))
+        run, size, unit, count = self.run, self.run.batch_size_eval, one.unit, len(one.unit)
+        start = one.journal.begin(size, count)
         progress.skip(start)
         for pictures in load_batches(unit, strap.views, size, start, run.num_workers):
             one.journal.add(strap(pictures, f"{one.pool.name}/{self.number}"))
@@ -230,7 +230,7 @@ class Round:
             progress.add(len(pictures))
             if self._stopping():
                 return
-        one.journal.end([{**bad_line(error), "whole": True} for error in unit.close()], len(unit))
+        one.journal.end([{**bad_line(error), "whole": True} for error in unit.close()], count)
 
     def _stopping(self) -> bool:
         return self.signals.received is not None

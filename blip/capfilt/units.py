@@ -302,11 +302,13 @@ class ShardUnit:
         return found
 
     def close(self) -> list[BadRecord]:
-        """Where the shard breaks off, or why it cannot be read at all."""
+        """Where the shard breaks off, or why it cannot be read at all, if it has been looked at."""
         if self._file is not None and self._process == os.getpid():
             self._file.close()
         self._file = None
-        return [entry for entry in self._scanned if isinstance(entry, BadRecord)]
+        self.__dict__.pop("refs", None)  # of millions of samples they would be gigabytes
+        scanned = self.__dict__.pop("_scanned", ())
+        return [entry for entry in scanned if isinstance(entry, BadRecord)]
 
     def _opened(self, name: str) -> IO[bytes]:
         """The shard's file; a forked worker opens its own, since a place in a file is shared."""

@@ -288,6 +288,22 @@ def test_a_shard_that_is_not_as_it_was_judged_stops_it(pictures: Path, tmp_path:
         Dataset(tmp_path, KEEP, TOLD, least, lambda: False).write(work, [work[0].pool], lambda: None)
 
 
+def test_a_shard_is_held_no_longer_than_it_is_read(pictures: Path, tmp_path: Path) -> None:
+    red = (pictures / "a.png").read_bytes()
+    shard(tmp_path / "x.tar", [(key, {"png": red, "txt": b"a star"}) for key in "pqr"])
+    whole = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(whole[: len(whole) // 2])
+    [unit] = open_pool("mine", DatasetConfig(path=str(tmp_path / "x.tar")), "train", 2).units()
+    assert isinstance(unit, ShardUnit)
+    before = set(vars(unit))
+    for _ in range(2):
+        assert len(unit) == 2
+        assert unit.entry(0).name == "x.tar/p"
+        assert [error.cause for error in unit.close()] == ["truncated_shard"]
+        assert set(vars(unit)) == before
+    assert unit.close() == []
+
+
 def test_a_draft_of_other_rules_is_begun_anew(pictures: Path, tmp_path: Path) -> None:
     path = dump(tmp_path / "web.json", RECORDS)
     pool = open_pool("mine", DatasetConfig(path=str(path), images=str(pictures)), "train", 2)
@@ -326,8 +342,10 @@ def test_a_journal_goes_on_behind_the_last_whole_batch(tmp_path: Path) -> None:
     journal.path.write_bytes(whole)
     journal.add(lines(2, 8))
     assert not journal.done
+    assert journal.pictures is None
     journal.end([{"picture": "shard", "cause": "truncated_shard", "detail": "", "whole": True}] * 7, 10)
     assert journal.done
+    assert journal.pictures == 10
     assert len(list(journal.lines())) == 17
     text = journal.path.read_bytes()
     journal.path.write_bytes(text[:-3])  # killed within the last line
