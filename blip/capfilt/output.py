@@ -2,8 +2,8 @@
 
 JSON, JSONL, CSV and TSV give one record per text: the picture's own one, with `caption`, and in `provenance`
 where the text is from. Shards keep their names and pictures: a sample's JSON has the kept texts under
-`caption` and an entry for each in `provenance`; a sample without any is left out. Folders of pictures give
-JSONL; Hugging Face folders, which hold pictures, give shards.
+`caption` and an entry for each in `provenance`, and its other members; one without any is left out. Folders
+of pictures give JSONL; Hugging Face folders, which hold pictures, give shards.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def _add(
         picture = unit.entry(number).picture
         content = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
         key, ending, content, record = unit.member(number, content)
+        others = unit.others(number)
     except (BadRecord, OSError) as error:
         raise DataError(
             f"{unit.name(number)}: it could be read before, and cannot any more ({error})"
@@ -123,7 +124,7 @@ def _add(
     note = {**record, "caption": captions[0] if len(captions) == 1 else captions}
     note[PROVENANCE] = [told.of(text) for text in texts]
     members = {ending: content, "json": json.dumps(note, default=str).encode(), "txt": captions[0].encode()}
-    add_sample(tar, key, members)
+    add_sample(tar, key, members | {ending: one for ending, one in others.items() if ending not in members})
 
 
 def write_sizes(folder: Path, sizes: Mapping[str, int]) -> None:

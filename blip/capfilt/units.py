@@ -28,7 +28,7 @@ from blip.data.readers import detect
 from blip.data.samples import BadRecord, Picture, SampleMaker, sound
 from blip.data.sources import check_pictures, found_kind, read_source
 from blip.data.streams.shards import ShardDataset
-from blip.data.streams.tars import IMAGES, Ref, payload
+from blip.data.streams.tars import IMAGES, TEXTS, Ref, other_members, payload
 from blip.engine.run_folder import file_name
 from blip.errors import ConfigError, DataError
 
@@ -201,6 +201,10 @@ class RecordUnit:
         key = f"{self.label}{number:0{len(str(pool.part_size - 1))}d}"
         return key, ending, content, {k: v for k, v in record.items() if k not in ("image", "caption")}
 
+    def others(self, number: int) -> dict[str, bytes]:
+        """Nothing: a record has no more than that."""
+        return {}
+
     def close(self) -> list[BadRecord]:
         """Nothing: bad records are told of one by one."""
         return []
@@ -265,6 +269,13 @@ class ShardUnit:
         record.pop(self.data.maker.columns.get("caption", "caption"), None)
         return self.refs[number].key, self.extension(number), content, record
 
+    def others(self, number: int) -> dict[str, bytes]:
+        """What else belongs to sample `number`, by ending."""
+        name, own = self.name(number), self.refs[number].files
+        rest = {e: p for e, p in own.items() if e not in TEXTS and e != self.extension(number)}
+        places = self._others[number] | rest
+        return {ending: payload(self._opened(name), place, name) for ending, place in places.items()}
+
     @cached_property
     def _scanned(self) -> list[Ref | BadRecord]:
         return list(self.data.scan(self.number))
@@ -273,6 +284,10 @@ class ShardUnit:
     def refs(self) -> list[Ref]:
         """The samples, in stored order."""
         return [entry for entry in self._scanned if isinstance(entry, Ref)]
+
+    @cached_property
+    def _others(self) -> list[dict[str, tuple[int, int]]]:
+        return other_members(self._opened(self.label), self.refs)
 
     def __len__(self) -> int:
         return len(self.refs)
@@ -306,7 +321,8 @@ class ShardUnit:
         if self._file is not None and self._process == os.getpid():
             self._file.close()
         self._file = None
-        self.__dict__.pop("refs", None)  # of millions of samples they would be gigabytes
+        for name in ("refs", "_others"):  # of millions of samples they would be gigabytes
+            self.__dict__.pop(name, None)
         scanned = self.__dict__.pop("_scanned", ())
         return [entry for entry in scanned if isinstance(entry, BadRecord)]
 

@@ -11,7 +11,8 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -220,6 +221,37 @@ def _members(tar: tarfile.TarFile, size: int) -> Iterator[tuple[str, str, tuple[
         if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and stem and known:
             yield (f"{folder}/{stem}" if folder else stem), extension, (info.offset_data, info.size)
     yield "", "", None
+
+
+def other_members(file: IO[bytes], refs: Sequence[Ref]) -> list[dict[str, tuple[int, int]]]:
+    """Of each sample of an opened shard the members of unknown kind, as in `Ref.files`.
+
+    Args:
+        file: the shard.
+        refs: its samples.
+    """
+    found: list[dict[str, tuple[int, int]]] = [{} for _ in refs]
+    owners = {place: number for number, ref in enumerate(refs) for place in ref.files.values()}
+    latest: dict[str, int] = {}
+    early: dict[str, list[tuple[str, tuple[int, int]]]] = {}
+    file.seek(0)
+    with suppress(*_TAR_ERRORS), tarfile.open(fileobj=file, mode="r:") as tar:  # to where it breaks off
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]
+            folder, _, base = info.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            key, place = (f"{folder}/{stem}" if folder else stem), (info.offset_data, info.size)
+            if place in owners:
+                latest[key] = owners[place]
+                for name, one in early.pop(key, ()):
+                    found[owners[place]].setdefault(name, one)
+            elif info.isreg() and stem and extension:
+                own = found[latest[key]] if key in latest else None
+                if own is None or extension in own:  # it stands before its sample
+                    early.setdefault(key, []).append((extension, place))
+                else:
+                    own[extension] = place
+    return found
 
 
 def add_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:

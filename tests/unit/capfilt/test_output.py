@@ -288,6 +288,31 @@ def test_a_shard_that_is_not_as_it_was_judged_stops_it(pictures: Path, tmp_path:
         Dataset(tmp_path, KEEP, TOLD, least, lambda: False).write(work, [work[0].pool], lambda: None)
 
 
+def test_members_of_unknown_kind_stay_with_their_sample(pictures: Path, tmp_path: Path) -> None:
+    red = (pictures / "a.png").read_bytes()
+    samples = [
+        ("d/0", {"png": red, "txt": b"a star", "cls": b"0", "emb.npy": b"00"}),
+        (
+            "d/1",
+            {"cls": b"1", "png": red, "mask.png": b"11", "jpg": b"second", "json": b'{"caption": "bad"}'},
+        ),
+        ("d/3", {"cls": b"2", "png": red}),
+        ("d/3", {"png": red, "cls": b"3", "txt": b"the same key"}),
+        ("README", {"md": b"of no sample"}),
+    ]
+    shard(tmp_path / "x.tar", samples)
+    write(tmp_path / "round-1", open_pool("mine", DatasetConfig(path=str(tmp_path / "x.tar")), "train", 2))
+    with tarfile.open(tmp_path / "round-1/dataset/mine/x.tar") as tar:
+        members = [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+    found = [(name, content) for name, content in members if not name.endswith((".json", ".txt"))]
+    assert found == [
+        *[("d/0.png", red), ("d/0.cls", b"0"), ("d/0.emb.npy", b"00")],
+        *[("d/1.jpg", b"second"), ("d/1.cls", b"1"), ("d/1.mask.png", b"11"), ("d/1.png", red)],
+        *[("d/3.png", red), ("d/3.cls", b"2")],
+        *[("d/3.png", red), ("d/3.cls", b"3")],
+    ]
+
+
 def test_a_shard_is_held_no_longer_than_it_is_read(pictures: Path, tmp_path: Path) -> None:
     red = (pictures / "a.png").read_bytes()
     shard(tmp_path / "x.tar", [(key, {"png": red, "txt": b"a star"}) for key in "pqr"])
