@@ -79,7 +79,9 @@ def next_recipe(
 
 def _origin(sections: Mapping[str, DatasetConfig], name: str) -> DatasetConfig:
     """The section that NAME, or NAME-SPLIT, was made of."""
-    return sections[name] if name in sections else sections[name.rpartition("-")[0]]
+    if name in sections:
+        return sections[name]
+    return sections[max((one for one in sections if name.startswith(f"{one}-")), key=len)]
 
 
 def _section(web: DatasetConfig, folder: Path, made: Made) -> DatasetConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def open_pools(config: Config, web: Mapping[str, Sequence[str]]) -> list[Pool]:
     run, found = config.run, []
     for name, splits in web.items():
         for split in splits:
-            called = name if len(splits) == 1 else f"{name}-{split}"
+            called = called_as(name, split, splits)
             section = config.datasets[name]
             found.append(
                 on_all(partial(open_pool, name, section, split, run.part_size, run.data_root, called))
@@ -88,7 +89,15 @@ def web_sets(config: Config) -> dict[str, list[str]]:
         raise ConfigError(
             f"run.train_splits: datasets.{without[0]} has none of {', '.join(run.train_splits)}; name one"
         )
+    called = Counter(called_as(name, split, splits) for name, splits in web.items() for split in splits)
+    if twice := [name for name, count in called.items() if count > 1]:
+        raise ConfigError(f"datasets.{twice[0]}: a split of another dataset is called so, too; rename it")
     return web
+
+
+def called_as(name: str, split: str, splits: Sequence[str]) -> str:
+    """What a split of a dataset is called: NAME, or NAME-SPLIT where it has several."""
+    return name if len(splits) == 1 else f"{name}-{split}"
 
 
 def check(config: Config, web: Mapping[str, Sequence[str]]) -> None:

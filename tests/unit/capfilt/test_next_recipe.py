@@ -1,0 +1,43 @@
+"""The recipe that trains on what was kept is that of pre-training, with other datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blip.capfilt.next_recipe import next_recipe
+from blip.capfilt.output import Made
+from blip.capfilt.work import web_sets
+from blip.config.load import load_config
+from blip.config.schema import Config
+from blip.errors import ConfigError
+
+OWN = "datasets.web={path: {train: a.csv, extra-web: b.csv}}"
+TWO = ["datasets.scenes_web=null", OWN, "run.train_splits=[train,extra-web]"]
+
+
+def config(*options: str) -> Config:
+    return load_config("tiny/capfilt.yaml", ["model.init_from=x", *options])
+
+
+def recipe(made: dict[str, int], before: dict[str, int], *options: str) -> dict[str, Any]:
+    own = config(*options)
+    files = {name: Made([f"{name}/web.json"], ["/pictures"], count) for name, count in made.items()}
+    found = next_recipe(own, own.run, Path("/kept"), files, before)
+    assert found is not None
+    return found.datasets
+
+
+def test_splits_of_any_name_become_datasets_of_their_own() -> None:
+    assert web_sets(config(*TWO)) == {"web": ["train", "extra-web"]}
+    made = {"web-train": 3, "web-extra-web": 4}
+    found = recipe(made, made, *TWO)
+    assert [name for name in found if name.startswith("web")] == list(made)
+    assert found["web-extra-web"].path == ["/kept/web-extra-web/web.json"]
+
+
+def test_two_datasets_of_one_name_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"datasets\.web-train: a split of another dataset is called so"):
+        web_sets(config(*TWO, "datasets.web-train={path: c.csv}"))
