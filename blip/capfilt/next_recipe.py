@@ -16,6 +16,12 @@ from blip.tasks.capfilt import CapFiltRun
 
 log = logging.getLogger(__name__)
 
+_PLACE = (
+    *("path", "images", "format", "split", "columns", "types", "build_info", "features", "remote"),
+    *("cache_dir", "num_samples", "max_samples"),
+)
+"""Keys of a section that tell where its data lies, and how it is read."""
+
 
 def passed_on(run: CapFiltRun) -> list[str]:
     """What holds for the recipes of training, too, where it is given."""
@@ -54,7 +60,7 @@ def next_recipe(
             sections[name] = _section(like, folder, one)
             if like.sample_ratio is not None:
                 sections[name].sample_ratio = round(like.sample_ratio * one.texts / max(before[name], 1), 6)
-    sections |= {name: known.get(name, config.datasets[name]) for name in run.human}
+    sections |= {name: _human(known.get(name), config.datasets[name]) for name in run.human}
     found.datasets = {}
     for name, section in sections.items():
         like = known.get(name, first)
@@ -82,6 +88,13 @@ def _origin(sections: Mapping[str, DatasetConfig], name: str) -> DatasetConfig:
     if name in sections:
         return sections[name]
     return sections[max((one for one in sections if name.startswith(f"{one}-")), key=len)]
+
+
+def _human(known: DatasetConfig | None, own: DatasetConfig) -> DatasetConfig:
+    """What people wrote, as the recipe of pre-training has it, but from where CapFilt's section says."""
+    if known is None or (own.path is None and not own.build_info):
+        return known or own
+    return replace(known, **{name: getattr(own, name) for name in _PLACE})
 
 
 def _section(web: DatasetConfig, folder: Path, made: Made) -> DatasetConfig:

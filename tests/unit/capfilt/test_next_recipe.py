@@ -41,3 +41,11 @@ def test_splits_of_any_name_become_datasets_of_their_own() -> None:
 def test_two_datasets_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"datasets\.web-train: a split of another dataset is called so"):
         web_sets(config(*TWO, "datasets.web-train={path: c.csv}"))
+
+
+def test_human_texts_come_from_where_capfilts_section_says() -> None:
+    own = "datasets.scenes={path: mine.json, images: photos, columns: {caption: said}}"
+    found = recipe({"scenes_web": 3}, {"scenes_web": 6}, own)["scenes"]
+    assert (found.path, found.images, found.columns) == ("mine.json", "photos", {"caption": "said"})
+    assert found.vis_processor["train"]["image_size"] == 63
+    assert recipe({"scenes_web": 3}, {"scenes_web": 6})["scenes"].path is None
