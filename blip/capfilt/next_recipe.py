@@ -80,6 +80,8 @@ def next_recipe(
         have = [s for s in available_splits(name, section, run.data_root) if s in wanted]
         if name not in found.datasets and have:
             found.datasets[name] = _only(name, section, have, run.data_root)
+        elif name in made and have:  # what was made of it takes its name
+            found.datasets[f"{name}-eval"] = _only(name, section, have, run.data_root, elsewhere=True)
     return found
 
 
@@ -118,10 +120,14 @@ def _section(web: DatasetConfig, folder: Path, made: Made) -> DatasetConfig:
 
 
 def _only(
-    name: str, section: DatasetConfig, splits: Sequence[str], data_root: str | Path | None
+    name: str,
+    section: DatasetConfig,
+    splits: Sequence[str],
+    data_root: str | Path | None,
+    elsewhere: bool = False,
 ) -> DatasetConfig:
-    """Some splits of a dataset."""
-    if len(splits) == 1:
+    """Some splits of a dataset; `elsewhere` it has another name, by which no catalogue knows it."""
+    if len(splits) == 1 and not elsewhere:
         return replace(section, split=splits[0])
     sources = {split: locate(name, section, split, data_root) for split in splits}
     return replace(
@@ -133,5 +139,6 @@ def _only(
             if all(source.roots)
         }
         or None,
+        split=None,
         columns=next(iter(sources.values())).columns,
     )

@@ -49,3 +49,14 @@ def test_human_texts_come_from_where_capfilts_section_says() -> None:
     assert (found.path, found.images, found.columns) == ("mine.json", "photos", {"caption": "said"})
     assert found.vis_processor["train"]["image_size"] == 63
     assert recipe({"scenes_web": 3}, {"scenes_web": 6})["scenes"].path is None
+
+
+def test_what_the_recipe_is_evaluated_on_stays_where_its_dataset_is_cleaned(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    paths = f"path: {{train: {tmp_path}/train.json, val: {tmp_path}/val.json}}, images: {tmp_path}"
+    options = f'run.pretrain.options=["datasets.scenes_web={{{paths}}}","run.valid_splits=[val]"]'
+    found = recipe({"scenes_web": 3}, {"scenes_web": 6}, options)
+    assert found["scenes_web"].path == ["/kept/scenes_web/web.json"]
+    assert found["scenes_web-eval"].path == {"val": [str(tmp_path / "val.json")]}
+    assert found["scenes_web-eval"].images == {"val": [str(tmp_path)]}
