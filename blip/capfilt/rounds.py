@@ -27,7 +27,7 @@ from blip.build import joined, train
 from blip.capfilt.bootstrap import Bootstrap, bad_line, load_batches, load_expert
 from blip.capfilt.dataset import Dataset
 from blip.capfilt.next_recipe import next_recipe, passed_on
-from blip.capfilt.output import Made, Provenance
+from blip.capfilt.output import Made, Provenance, in_shards
 from blip.capfilt.report import write_report
 from blip.capfilt.select import Tally, Thresholds, choose, thresholds
 from blip.capfilt.sharing import Claims, Progress
@@ -282,7 +282,7 @@ class Round:
         for name, tally in tallies.items():
             log.info("round %d: %s: %s", self.number, name, tally.line())
         write_report(self.folder, summary, work, self.run.keep, least)
-        before = {name: tally.texts["web"] or tally.pictures for name, tally in tallies.items()}
+        before = {pool.name: _size(pool, tallies[pool.name]) for pool in pools}
         recipe = next_recipe(self.config, self.run, place, made, before)
         if recipe is not None:
             write_text(self.folder / RECIPE_FILE, dump(recipe))
@@ -291,6 +291,12 @@ class Round:
             paths = json.dumps([str((place / path).resolve()) for path in one_made.paths])
             images = f" datasets.{name}.images={json.dumps(one_made.images)}" if one_made.images else ""
             log.info("train on it with datasets.%s.path=%s%s", name, paths, images)
+
+
+def _size(pool: Pool, tally: Tally) -> int:
+    """Texts, or samples of shards, before; pictures where there were no texts."""
+    texts = tally.texts["web"] or tally.pictures
+    return min(texts, tally.pictures) if in_shards(pool) else texts
 
 
 def _open(config: Config) -> Path:

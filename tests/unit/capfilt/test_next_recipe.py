@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 
 from blip.capfilt.next_recipe import next_recipe
 from blip.capfilt.output import Made
+from blip.capfilt.rounds import _size
+from blip.capfilt.select import Tally
+from blip.capfilt.units import open_pool
 from blip.capfilt.work import web_sets
 from blip.config.load import load_config
-from blip.config.schema import Config
+from blip.config.schema import Config, DatasetConfig
 from blip.errors import ConfigError
 
 OWN = "datasets.web={path: {train: a.csv, extra-web: b.csv}}"
@@ -60,3 +64,16 @@ def test_what_the_recipe_is_evaluated_on_stays_where_its_dataset_is_cleaned(tmp_
     assert found["scenes_web"].path == ["/kept/scenes_web/web.json"]
     assert found["scenes_web-eval"].path == {"val": [str(tmp_path / "val.json")]}
     assert found["scenes_web-eval"].images == {"val": [str(tmp_path)]}
+
+
+def test_of_shards_samples_are_counted_and_not_their_texts(tmp_path: Path) -> None:
+    """A sample of five texts stays one sample: what is drawn of it does not become rarer."""
+    for name in ("a.tar", "b.json"):
+        (tmp_path / name).write_text('[{"image": "b.json", "caption": "c"}]')
+    tally = Tally(pictures=10, texts=Counter(web=50))
+    shards, records = (
+        open_pool("mine", DatasetConfig(path=str(tmp_path / name)), "train", 2)
+        for name in ("a.tar", "b.json")
+    )
+    assert (_size(shards, tally), _size(records, tally)) == (10, 50)
+    assert _size(shards, Tally(pictures=10)) == _size(records, Tally(pictures=10)) == 10
