@@ -243,15 +243,19 @@ class Round:
     # What there is to tell
 
     def _list_unreadable(self, work: list[Work], pools: list[Pool]) -> None:
-        """List bad pictures in the round's folder, and judge their share."""
+        """List bad pictures and shards in the round's folder, and judge their shares."""
         for pool in pools:
+            own = [one for one in work if one.pool is pool]
             bad: list[BadRecord] = []
+            shards: list[BadRecord] = []
             total = 0
-            for line in lines_of([one for one in work if one.pool is pool]):
+            for line in lines_of(own):
                 total += not line.get("whole")
                 if "cause" in line:
                     bad.append(BadRecord(line["cause"], line["picture"], line["detail"]))
+                    shards += bad[-1:] if line.get("whole") else []
             skips = SkipLog(self.folder, self.run.max_bad_ratio)
+            skips.judge_all(pool.name, shards, len(shards), len(own), "shards")
             skips.judge_all(pool.name, bad, len(bad), max(total, 1), "pictures")
 
     def _conclude(

@@ -477,6 +477,19 @@ def test_too_much_that_cannot_be_read_stops_it(
     }
 
 
+def test_too_many_shards_that_cannot_be_read_stop_it(
+    workshop: Workshop, experts: list[str], tmp_path: Path
+) -> None:
+    """As training would: their pictures are not there to be counted."""
+    root = Path(shutil.copytree(workshop.root, tmp_path / "data"))
+    shards = sorted((root / "scenes" / "shards").glob("web-*.tar"))
+    for path in shards[::2]:
+        path.write_bytes(b"no tar" * 200)
+    more = [*experts, f"run.data_root={root}", "datasets.scenes_web=null", "run.max_bad_ratio=0.3"]
+    refused = workshop.start(tmp_path / "run", *more).refusal()
+    assert f"{len(shards[::2])} of {len(shards)} shards cannot be read" in refused
+
+
 def test_a_dry_run_leaves_nothing_behind(workshop: Workshop, experts: list[str], tmp_path: Path) -> None:
     ended = workshop.start(tmp_path / "run", "--dry-run")
     assert ended.code == 0, ended.output
