@@ -6,7 +6,7 @@ FOLDER/round-1/scored/NAME/           journals: what was found about every pictu
 FOLDER/round-1/dataset/, made.json    what is kept
 FOLDER/round-1/summary.json, report.html, skipped.jsonl
 FOLDER/round-1/train.yaml             the recipe that trains on it
-FOLDER/round-2/pretrain/              a further round begins with that
+FOLDER/round-2/start.json, pretrain/  a further round begins with that
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from blip.weights import MODEL_FOLDER
 log = logging.getLogger("blip.capfilt")
 
 SETTINGS_FILE = "settings.json"
+START_FILE = "start.json"
+"""Of a further round: what the dataset was made with that its model is trained on."""
 SUMMARY_FILE = "summary.json"
 RECIPE_FILE = "train.yaml"
 
@@ -121,6 +123,7 @@ class Round:
         """
         on_main(self._begin)
         if self.number > 1:
+            on_main(self._same_start)
             start = self._train("pretrain", str(self.before / RECIPE_FILE), [])
         run = self.run
         captioner = self._made("captioner", run.captioner, start) if run.captions.num else None
@@ -132,6 +135,21 @@ class Round:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{PARTIAL}*.*"):  # of a process that was killed
             leftover.unlink()
+
+    def _same_start(self) -> None:
+        """Note what the dataset that this round begins with was made with, or compare.
+
+        Raises:
+            ConfigError: it was another one.
+        """
+        place, now = self.folder / START_FILE, (self.before / "dataset" / SETTINGS_FILE).read_text()
+        if not place.is_file():
+            write_text(place, now)
+        elif place.read_text() != now:
+            raise ConfigError(
+                f"run.keep: '{self.folder}' was begun with what other rules have kept of round"
+                f" {self.number - 1}; remove that folder, or give the rules of before"
+            )
 
     def _made(self, name: str, expert: ExpertConfig, start: str | None) -> ExpertConfig:
         """Weights of the captioner or filter, fine-tuned where there is a recipe."""

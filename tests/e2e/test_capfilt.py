@@ -459,6 +459,8 @@ def test_a_second_round_trains_anew_on_what_the_first_has_kept(workshop: Worksho
     assert one["captioner"] != two["captioner"]
     assert two["round"] == 2
     assert (again / "dataset" / "scenes_web" / "web.json").is_file()
+    other = workshop.start(tmp_path / "run", *options, "run.resume=auto", "run.keep.itm_quantile=0.6")
+    assert f"run.keep: '{again}' was begun with what other rules have kept of round 1" in other.refusal()
 
 
 def test_too_much_that_cannot_be_read_stops_it(
