@@ -222,12 +222,17 @@ def _kept(
             picture += 1
             for text in choose(line):
                 member = text.get("record", members[0])
-                record = {key: v for key, v in pool.records[member].items() if key != "caption"}
+                record = {key: v for key, v in pool.records[member].items() if not _ours(key)}
                 yield (
                     pool.records.origin(member)[0],
                     {**record, "caption": text["caption"], PROVENANCE: told.of(text)},
                 )
         unit.close()
+
+
+def _ours(key: str) -> bool:
+    """Whether a column is written anew; a table that CapFilt wrote has what an earlier run told."""
+    return key == "caption" or key.startswith(f"{PROVENANCE}_")
 
 
 def _columns(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, None]:

@@ -143,6 +143,18 @@ def test_annotation_files_keep_their_format(pictures: Path, tmp_path: Path, endi
     assert found[0]["provenance"] == told
 
 
+def test_a_table_that_was_written_tells_nothing_of_former_models(pictures: Path, tmp_path: Path) -> None:
+    path = dump(tmp_path / "web.csv", RECORDS)
+    made = write(
+        tmp_path / "1", open_pool("mine", DatasetConfig(path=str(path), images=str(pictures)), "train", 2)
+    )
+    again = tmp_path / "1" / "dataset" / made["mine"].paths[0]
+    write(tmp_path / "2", open_pool("mine", DatasetConfig(path=str(again), images=str(pictures)), "train", 2))
+    rows = list(csv.DictReader((tmp_path / "2/dataset/mine/web.csv").open(newline="")))
+    told = {(row["provenance_origin"], row["provenance_captioner"]) for row in rows}
+    assert told == {("web", ""), ("synthetic", TOLD.captioner)}
+
+
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv"])
 def test_fields_that_are_no_utf8_come_back_as_they_were(pictures: Path, tmp_path: Path, ending: str) -> None:
     path = dump(tmp_path / f"web.{ending}", [{**RECORDS[0], "url": "CUT"}])
