@@ -18,6 +18,7 @@ from blip.batch import to_device
 from blip.capfilt.units import Unit, WebText, batches, number_of
 from blip.data.features import fingerprint, view_of
 from blip.data.samples import BadRecord, SampleMaker, read_image
+from blip.errors import ConfigError, UsageError
 from blip.predict import model_for
 from blip.tasks.capfilt import CaptionsConfig, ExpertConfig
 from blip.zoo import load_preprocess
@@ -52,7 +53,14 @@ def load_expert(task: Literal["caption", "match"], config: ExpertConfig, device:
     Raises:
         BlipError: weights that are missing, or of a model that cannot do it.
     """
-    model = model_for(task, config.arch, config.model_type, config.checkpoint, str(device))
+    try:
+        model = model_for(task, config.arch, config.model_type, config.checkpoint, str(device))
+    except UsageError as error:
+        key = "captioner" if task == "caption" else "filter"
+        where = f"run.{key}.{'checkpoint' if config.checkpoint is not None else 'arch'}"
+        reason = str(error).replace("(--checkpoint)", f"(run.{key}.checkpoint)")
+        reason = reason.replace("(--model)", f"(run.{key}.arch)").replace("--model", f"run.{key}.arch")
+        raise ConfigError(f"{where}: {reason}") from error
     return Expert(model, config.checkpoint or f"{config.arch} {config.model_type or ''}".strip())
 
 

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -77,6 +77,7 @@ def execute(config: Config, dry: bool = False) -> None:
         if dry:
             _try(config, web)
             return
+        on_main(lambda: _look_at_experts(config.run))
         folder = Path(on_main(lambda: str(_open(config))))
         start = config.model.init_from
         for number in range(1, config.run.rounds + 1):
@@ -359,6 +360,17 @@ def load_bootstrap(
     if strap.shares_tower:
         log.info("captioner and filter see the same: their tower looks once")
     return strap
+
+
+def _look_at_experts(run: CapFiltRun) -> None:
+    """Raise where weights that are named cannot do it, before the other model is trained for hours."""
+    wanted: list[tuple[Literal["caption", "match"], ExpertConfig]] = []
+    wanted += [("caption", run.captioner)] * bool(run.captions.num)
+    wanted += [("match", run.filter)] * run.keep.needs_scores
+    if any(expert.tuned_by is not None for _, expert in wanted):
+        for task, expert in wanted:
+            if expert.tuned_by is None:
+                load_expert(task, expert, torch.device("cpu"))
 
 
 def _try(config: Config, web: dict[str, list[str]]) -> None:

@@ -534,6 +534,19 @@ def test_a_run_that_fails_at_its_start_is_in_nobodys_way(
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_cannot_do_it_are_told_before_the_others_are_trained(
+    workshop: Workshop, straight: Path, tmp_path: Path
+) -> None:
+    wrong = "run.filter={checkpoint: %s}" % (straight / "captioner")
+    refused = workshop.start(tmp_path / "run", wrong).refusal()
+    assert "run.filter.checkpoint: match: blip_caption cannot do that; give weights (run.filter" in refused
+    assert "run.filter.arch" in refused
+    assert "--" not in refused
+    assert not (tmp_path / "run").exists()
+    assert "no weights at 'nowhere'" in workshop.start(tmp_path, "run.filter={checkpoint: nowhere}").refusal()
+    assert not (tmp_path / "round-1").exists()
+
+
 PAPERS: dict[str, tuple[int, dict[str, Any], set[str], str | None]] = {
     # captions per picture, what is kept, human datasets, recipe of pre-training
     "blip/capfilt": (1, {"itm": 0.5}, {"coco_caption", "vg_caption"}, "blip/pretrain.yaml"),
