@@ -1,4 +1,4 @@
-"""The scripts that compare runs over seeds, with a stand-in for the command that trains."""
+"""Scripts of several runs, with a stand-in for the command that trains."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 
 from tests.e2e.runs import ROOT
 
-DATASETS = ("scenes", "scenes_vqa", "detail", "locate", "refer", "compare")
-"""That instruction tuning holds in."""
 # Leaves what a finished run does; fails before the run $FAILS.
 STAND_IN = """#!/usr/bin/env bash
 if [ "$1" != -m ]; then
@@ -42,16 +40,17 @@ touch "$folder/report.html" "$folder/model/model.safetensors"
 
 
 def compare(
-    tmp_path: Path, *more: str, script: str = "instruct", code: int = 0, **environment: str
+    tmp_path: Path, *more: str, script: str = "stage1_ablation", code: int = 0, **environment: str
 ) -> tuple[str, list[str]]:
     """What a script prints, and the commands it has started."""
     python, calls = tmp_path / "python", tmp_path / "calls"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     known = {"BLIP_PYTHON": str(python), "REAL_PYTHON": sys.executable, "CALLS": str(calls)}
-    places = ["--output", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--seeds", "1 2"]
+    places = ["--output", str(tmp_path / "out"), "--data", str(tmp_path / "data")]
+    places += ["--seeds", "1 2"] if script == "stage1_ablation" else []
     done = subprocess.run(
-        ["bash", str(ROOT / "run_scripts" / f"{script}_ablation.sh"), *places, *more],
+        ["bash", str(ROOT / "run_scripts" / f"{script}.sh"), *places, *more],
         env=os.environ | known | {"BLIP_PROCESSES": "1"} | environment,
         capture_output=True,
         text=True,
@@ -61,51 +60,8 @@ def compare(
     return done.stdout + done.stderr, calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_instruction_tuning_is_compared_over_seeds_and_goes_on_where_it_was(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "run.max_iters=7", code=3, FAILS="decoder-blind-2")
-    printed, again = compare(tmp_path, "run.max_iters=7")
-    out = tmp_path / "out"
-    tower, stored = f"model.vit_init_from={out}/tower", f"datasets.scenes.features={out}/features/scenes"
-    untrained = "model.vit_train_steps=0 model.vit_train_objectives=[itc, itm, lm]"
-    assert calls[1:5] == [
-        f"-m blip.train --cfg tiny/blip_tower.yaml run.output_dir={out}/tower run.resume=auto",
-        f"-m blip.cache_features --cfg tiny/pretrain_stage1.yaml {tower} {untrained}"
-        f" run.output_dir={out}/features",
-        f"-m blip.train --cfg tiny/pretrain_stage1.yaml {tower} {stored} {untrained} run.max_iters=500"
-        f" run.warmup_steps=100 run.warmup_lr=0 run.output_dir={out}/stage1 run.resume=auto",
-        f"-m blip.train --cfg tiny/pretrain_stage2.yaml {tower} {stored} model.init_from={out}/stage1"
-        " model.llm_model=llm/scenes-decoder-instruct model.qformer_text_input=true model.max_txt_len=40"
-        f" run.output_dir={out}/stage2-decoder-instruct run.resume=auto",
-    ]
-    trained = [line for line in again if "tiny/instruct.yaml" in line]
-    order = [f"{name}-{seed}" for name in ("instructed", "blind", "uniform") for seed in (1, 2)]
-    begun = [*order[:4], *order[3:]]  # the one that failed, twice
-    assert [line.split("run.output_dir=")[1].split()[0] for line in trained] == [
-        f"{out}/decoder-{name}" for name in begun
-    ]
-    for line, name in zip(trained, begun, strict=True):
-        assert ("model.qformer_text_input=false" in line) == name.startswith("blind")
-        assert ("run.sampling=uniform" in line) == name.startswith("uniform")
-        assert f"run.seed={name[-1]} " in line
-        assert f"model.init_from={out}/stage2-decoder-instruct " in line
-        assert f"{tower} " in line
-        assert "run.max_iters=7" in line
-        assert line.count(f"features={out}/features/scenes") == len(DATASETS)
-    [row] = [line.split() for line in printed.splitlines() if line.startswith("held_out_data")]
-    assert row == ["held_out_data/acc", *["55.0", "±", "7.1"] * 3]
-
-
-def test_an_encoder_decoder_has_its_own_runs_and_an_unknown_model_is_refused(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, "--llm", "encoder-decoder")
-    assert any("--cfg tiny/pretrain_stage2_t5.yaml" in line for line in calls)
-    assert f"model.init_from={tmp_path / 'out'}/stage2-encoder-decoder-instruct " in calls[-1]
-    assert "model.llm_model=llm/scenes-encoder-decoder-instruct " in calls[-1]
-    printed, _ = compare(tmp_path, "--llm", "gpt", code=2)
-    assert "error: --llm gpt: choose decoder or encoder-decoder" in printed
-
-
 def test_a_tower_that_fails_stops_the_language_model_beside_it(tmp_path: Path) -> None:
-    _, calls = compare(tmp_path, code=3, FAILS="tower", READS=str(tmp_path))
+    _, calls = compare(tmp_path, script="blip2_two_stage", code=3, FAILS="tower", READS=str(tmp_path))
     assert len(calls) == 2
     for _ in range(200):
         if (tmp_path / "stopped").exists():
@@ -115,7 +71,7 @@ def test_a_tower_that_fails_stops_the_language_model_beside_it(tmp_path: Path) -
 
 
 def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path) -> None:
-    printed, calls = compare(tmp_path, "run.max_iters=7", script="stage1")
+    printed, calls = compare(tmp_path, "run.max_iters=7")
     out = tmp_path / "out"
     trained = [line.removeprefix("-m blip.train --cfg tiny/") for line in calls if "blip.train" in line]
     view = "{name: blip_image_eval, image_size: 112, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"
@@ -145,7 +101,7 @@ def test_stage_2_is_compared_with_and_without_stage_1_over_seeds(tmp_path: Path)
     assert trained == expected
     rows = [line.split() for line in printed.splitlines() if line.startswith("CIDEr")]
     assert rows == [["CIDEr", *["1.25", "±", "0.00"] * 2]] * 2
-    _, more = compare(tmp_path, "run.max_iters=7", script="stage1")
+    _, more = compare(tmp_path, "run.max_iters=7")
     assert [line for line in more if "blip.train" in line] == [line for line in calls if "blip.train" in line]
-    refused, _ = compare(tmp_path, "--llm", "gpt", script="stage1", code=2)
+    refused, _ = compare(tmp_path, "--llm", "gpt", code=2)
     assert "error: --llm gpt: choose decoder, encoder-decoder or both" in refused

@@ -1,4 +1,4 @@
-"""Instruction tuning by the tiny recipe, and what its ablation changes."""
+"""Instruction tuning by the tiny recipe, and what the claim about it changes."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_is_held_in_is_trained_and_what_is_held_out_is_scored(
     assert any(name.startswith("qformer.") and "text" in name for name in read_weights(folder))
 
 
-def test_the_ablation_s_other_sides_are_overrides(
+def test_the_other_arms_are_overrides(
     commands: Commands, stage2: Path, data_root: Path, tmp_path: Path
 ) -> None:
     """A Q-Former that reads nothing, other sampling, pictures' features in place of pictures."""
