@@ -18,7 +18,7 @@ from blip.batch import to_device
 from blip.capfilt.units import Unit, WebText, batches, number_of
 from blip.data.features import fingerprint, view_of
 from blip.data.samples import BadRecord, SampleMaker, read_image
-from blip.errors import ConfigError, UsageError
+from blip.errors import ConfigError, TrainingError, UsageError
 from blip.predict import model_for
 from blip.tasks.capfilt import CaptionsConfig, ExpertConfig
 from blip.zoo import load_preprocess
@@ -249,7 +249,11 @@ class Bootstrap:
             add(picture.texts, Text(text, "synthetic", None, clean), picture.dropped)
 
     def _score(self, pictures: list[Loaded], states: dict[str, Tensor]) -> list[tuple[float, float] | None]:
-        """(matching probability, cosine) of all texts, in the order of the pictures; None: nobody judges."""
+        """(matching probability, cosine) of all texts, in the order of the pictures; None: nobody judges.
+
+        Raises:
+            TrainingError: a score is no number.
+        """
         owners = [i for i, one in enumerate(pictures) for _ in one.texts]
         if self.judge is None:
             return [None] * len(owners)
@@ -273,6 +277,13 @@ class Bootstrap:
             cosines = model.retrieval_scores(feats, model.retrieval_texts(some, real)).float()
             own = cosines[of, torch.arange(len(of), device=self.device)]
             found[rows] = torch.stack([logits.softmax(dim=1)[:, 1], own], dim=1).cpu()
+        if not found.isfinite().all():
+            row = int((~found.isfinite().all(dim=1)).nonzero()[0])
+            raise TrainingError(
+                f"run.filter: its scores are no numbers, as of {texts[row]!r} and"
+                f" '{pictures[owners[row]].name}'; its weights are damaged, or too large for fp16: try"
+                " run.precision=bf16 or fp32"
+            )
         return [cast(tuple[float, float], tuple(pair)) for pair in found.tolist()]
 
 

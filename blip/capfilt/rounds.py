@@ -23,7 +23,7 @@ import torch
 
 from blip import dist
 from blip.atomic import PARTIAL, write_text
-from blip.build import joined, train
+from blip.build import joined
 from blip.capfilt.bootstrap import Bootstrap, bad_line, load_batches, load_expert
 from blip.capfilt.dataset import Dataset
 from blip.capfilt.next_recipe import next_recipe, passed_on
@@ -32,20 +32,19 @@ from blip.capfilt.report import write_report
 from blip.capfilt.select import Tally, Thresholds, choose, thresholds
 from blip.capfilt.sharing import Claims, Progress
 from blip.capfilt.truth import truth_of
+from blip.capfilt.tuning import short, trained
 from blip.capfilt.work import Pool, Work, check, lines_of, open_pools, web_sets, work_of
 from blip.config.files import dump
-from blip.config.load import load_config
 from blip.config.schema import Config
 from blip.data.samples import BadRecord
 from blip.data.skips import SkipLog
 from blip.engine.environment import describe
 from blip.engine.parallel import Parallel
-from blip.engine.run_folder import CONFIG_FILE, ENV_FILE, REPORT_FILE, open_folder
+from blip.engine.run_folder import CONFIG_FILE, ENV_FILE, open_folder
 from blip.engine.signals import StopSignals
 from blip.errors import ConfigError, Stopped
 from blip.tasks.capfilt import CapFiltRun, ExpertConfig
 from blip.together import on_all, on_main
-from blip.weights import MODEL_FOLDER
 
 log = logging.getLogger("blip.capfilt")
 
@@ -161,23 +160,18 @@ class Round:
         return ExpertConfig(checkpoint=self._train(name, recipe, [*begin, *expert.options]))
 
     def _train(self, name: str, recipe: str, options: Sequence[str]) -> str:
-        """Run a recipe of `blip train` to its end, or go on with it; returns its folder."""
-        place = self.folder / name
-        if _finished(place):
-            return str(place)
-        log.info("round %d: %s by %s", self.number, name, recipe)
-        own = [f"run.output_dir={json.dumps(str(place))}", "run.resume=auto", *passed_on(self.run)]
-        train(load_config(recipe, [*options, *own]))
+        """Run a recipe of `blip train`, if that has not been done; returns its folder."""
+        place = trained(self.folder / name, recipe, [*options, *passed_on(self.run)])
         if self.signals.received:
             raise Stopped(self.signals.received)
-        return str(place)
+        return place
 
     def _bootstrap(self, captioner: ExpertConfig | None, judge: ExpertConfig | None) -> None:
         run = self.run
         pools = open_pools(self.config, self.web)
         parallel = Parallel(run)
         strap = load_bootstrap(run, captioner, judge, parallel)
-        settings = self._settings(strap, pools)
+        settings = self._settings(strap, pools, parallel.precision)
         work = work_of(pools, self.scored)
         on_main(lambda: self._same_settings(settings))
         self._score(strap, work, pools)
@@ -189,7 +183,7 @@ class Round:
         made = dataset.write(work, pools, self._meet)
         on_main(lambda: self._conclude(work, pools, told, least, made, dataset.place))
 
-    def _settings(self, strap: Bootstrap, pools: list[Pool]) -> dict[str, Any]:
+    def _settings(self, strap: Bootstrap, pools: list[Pool], precision: str) -> dict[str, Any]:
         """What journals depend on."""
         run = self.run
         return {
@@ -198,6 +192,7 @@ class Round:
             "captions": asdict(run.captions) if strap.captioner else None,
             "web_texts": run.web_texts,
             "seed": run.seed,
+            "precision": precision,
             "batch_size": run.batch_size_eval,
             "datasets": {pool.name: pool.describe() for pool in pools},
         }
@@ -217,8 +212,8 @@ class Round:
         if differing := [key for key in settings if known.get(key) != settings[key]]:
             key = differing[0]
             raise ConfigError(
-                f"run.output_dir: '{self.scored}' was begun with another {key} ({_short(known.get(key))}, now"
-                f" {_short(settings[key])}); give another folder, or run.overwrite=true"
+                f"run.output_dir: '{self.scored}' was begun with another {key} ({short(known.get(key))}, now"
+                f" {short(settings[key])}); give another folder, or run.overwrite=true"
             )
 
     # Captions and scores
@@ -333,11 +328,6 @@ def _open(config: Config) -> Path:
     return folder
 
 
-def _finished(place: Path) -> bool:
-    """Whether a training run has come to its end: its report is the last that it writes."""
-    return (place / REPORT_FILE).is_file() and (place / MODEL_FOLDER).is_dir()
-
-
 def _abandon(folder: Path) -> None:
     """A run that failed before it found anything is in nobody's way."""
     if any(path.is_file() for path in folder.glob("round-*/**/*")):
@@ -396,8 +386,3 @@ def _try(config: Config, web: dict[str, list[str]]) -> None:
         break
     if torch.cuda.is_available():
         log.info("%.1f GB of GPU memory at most", torch.cuda.max_memory_allocated() / 1e9)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 120 else f"{text[:117]}..."

@@ -116,7 +116,8 @@ class KeepConfig(Section):
     itc: float | None = None
     """Least cosine of picture and text, as ITC compares them."""
     itm_quantile: float | None = None
-    """Drop this share of the texts, the least probable ones; of web and synthetic texts separately."""
+    """Drop this share of the texts, the least probable ones; of web and synthetic texts separately, of all
+    datasets together."""
     itc_quantile: float | None = None
     """The same by cosine."""
     best: int | None = None
@@ -134,12 +135,6 @@ class KeepConfig(Section):
         """Whether anything is asked of a filter."""
         rules = (self.itm, self.itc, self.itm_quantile, self.itc_quantile, self.best)
         return any(rule is not None for rule in rules)
-
-    @property
-    def needs_itm(self) -> bool:
-        """Whether the matching head is asked."""
-        ranked = self.best is not None and self.best_by == "itm"
-        return self.itm is not None or self.itm_quantile is not None or ranked
 
 
 @dataclass

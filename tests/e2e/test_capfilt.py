@@ -352,6 +352,25 @@ def test_other_thresholds_are_applied_to_the_same_scores(
     assert "already holds a run" in workshop.start(place).refusal()
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("run.captioner.options=" + json.dumps([*SIZES, "run.weight_decay=0.1"]), "run.weight_decay"),
+        ("run.filter.options=" + json.dumps([*RETRIEVAL, "model.alpha=0.1"]), "model.alpha"),
+        ("model.init_from=elsewhere", "model.init_from"),
+    ],
+)
+def test_models_of_other_recipes_are_not_taken_for_these(
+    workshop: Workshop, straight: Path, tmp_path: Path, change: str, key: str
+) -> None:
+    place = Path(shutil.copytree(straight.parent, tmp_path / "run", symlinks=True))
+    refusal = workshop.start(place, "run.resume=auto", change).refusal()
+    assert f"was trained with another {key}" in refusal
+    # What changes nothing of them may change, and so may the place.
+    free = ["run.captioner.options=" + json.dumps([*SIZES, "run.log_freq=7"]), "run.num_workers=1"]
+    workshop.done(place, "run.resume=auto", *free)
+
+
 # Data of all kinds
 
 

@@ -15,6 +15,7 @@ from blip.capfilt.bootstrap import Bootstrap, Expert, Loaded, Text, load_batches
 from blip.capfilt.units import RecordUnit, number_of, open_pool
 from blip.config.schema import DatasetConfig
 from blip.data.scenes.make import make_scenes
+from blip.errors import TrainingError
 from blip.models.med import MedConfig
 from blip.tasks.capfilt import CaptionsConfig
 from tests.reference.small_blip import SIZES, small_blip
@@ -123,6 +124,16 @@ def test_one_model_alone(unit: RecordUnit) -> None:
     judged = run(bootstrap(None, small("matching")), unit)
     assert {text["origin"] for line in judged for text in line.get("texts", ())} == {"web"}
     assert all("itm" in text for line in judged for text in line.get("texts", ()))
+
+
+def test_scores_that_are_no_numbers_stop_it(unit: RecordUnit) -> None:
+    judge = small("matching")
+    with torch.no_grad():
+        judge.itm_head.weight.fill_(float("nan"))
+    with pytest.raises(
+        TrainingError, match=r"run\.filter: its scores are no numbers, as of '.*run\.precision"
+    ):
+        run(bootstrap(None, judge), unit)
 
 
 def test_texts_that_cannot_be_used_are_counted_by_cause(tmp_path: Path) -> None:
