@@ -1,5 +1,4 @@
-"""The papers' claims as experiments on the embedded data: arms that differ in one thing, trained over
-seeds.
+"""The papers' claims as experiments on the embedded data: arms that differ in one thing, over seeds.
 
     bash run_scripts/claims/all.sh              all of them; what has been done is not done again
     bash run_scripts/claims/run.sh NAME ...     some: capfilt, nucleus, longer, sharing, contrast, itg,

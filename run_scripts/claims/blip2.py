@@ -1,5 +1,4 @@
-"""BLIP-2's claims (table 6, figure 5) and InstructBLIP's (table 2), before one frozen tower and a small
-decoder."""
+"""BLIP-2's claims (table 6, figure 5) and InstructBLIP's (table 2), with one tower and small decoders."""
 
 from __future__ import annotations
 
@@ -29,15 +28,8 @@ def _features(lab: Lab) -> Job:
 
 def _language_models(lab: Lab) -> Job:
     """Two small decoders: one that describes, and one that has learned to follow instructions."""
-    made = (
-        "run_scripts/tiny_llm.py",
-        "--data",
-        str(lab.data),
-        "--kind",
-        "decoder",
-        "--instruct",
-        *lab.reader,
-    )
+    kind = ("--kind", "decoder", "--instruct", *lab.reader)
+    made = ("run_scripts/tiny_llm.py", "--data", str(lab.data), *kind)
     return lab.job("data/language-models", made, needs=[lab.scenes_job()])
 
 
@@ -47,23 +39,22 @@ def _shown(lab: Lab, *datasets: str) -> tuple[str, ...]:
     return (lab.tower(), *(f"datasets.{name}.features={stored}" for name in datasets or ("scenes",)))
 
 
+def _stage1(lab: Lab, seed: int, kind: str, *options: str) -> Job:
+    name, steps = f"{kind}/{seed}", (f"run.seed={seed}", "run.max_iters=500")
+    command = lab.train(STAGE1, name, *TRAINED, *_shown(lab), *BEGINNING, *steps, *options)
+    return lab.job(name, command, needs=[_features(lab)])
+
+
 def stage1(lab: Lab, seed: int) -> Job:
     """Stage 1 by all three losses."""
-    name, steps = f"stage1/{seed}", (f"run.seed={seed}", "run.max_iters=500")
-    command = lab.train(STAGE1, name, *TRAINED, *_shown(lab), *BEGINNING, *steps)
-    return lab.job(name, command, needs=[_features(lab)])
+    return _stage1(lab, seed, "stage1")
 
 
 def _tuned(lab: Lab, seed: int, kind: str, *options: str) -> Job:
     """Fine-tuned for retrieval, on few captions of other pictures."""
     name, before = f"{kind}/{seed}", stage1(lab, seed)
-    steps = (
-        f"run.seed={seed}",
-        "run.max_iters=200",
-        "run.init_lr=5e-4",
-        "run.warmup_steps=20",
-        "run.warmup_lr=0",
-    )
+    rates = ("run.init_lr=5e-4", "run.warmup_steps=20", "run.warmup_lr=0")
+    steps = (f"run.seed={seed}", "run.max_iters=200", *rates)
     start = (lab.tower(), f"model.init_from={before.folder}")
     command = lab.train(STAGE1, name, *TRAINED, *start, *steps, *options, data=lab.noisy)
     return lab.job(name, command, needs=[before, lab.noisy_job()])
@@ -81,12 +72,7 @@ def without_itg(lab: Lab, seed: int) -> Job:
 
 def never_itg(lab: Lab, seed: int) -> Job:
     """Stage 1 itself without it."""
-    name, steps = (
-        f"stage1-no-itg/{seed}",
-        (f"run.seed={seed}", "run.max_iters=500", "model.objectives=[itc, itm]"),
-    )
-    command = lab.train(STAGE1, name, *TRAINED, *_shown(lab), *BEGINNING, *steps)
-    return lab.job(name, command, needs=[_features(lab)])
+    return _stage1(lab, seed, "stage1-no-itg", "model.objectives=[itc, itm]")
 
 
 def _stage2(lab: Lab, seed: int, kind: str, *options: str, needs: tuple[Job, ...]) -> Job:
@@ -148,8 +134,7 @@ CLAIMS = (
         "Image-grounded text generation helps retrieval",
         "BLIP-2, table 6",
         "As in the paper, fine-tuned for retrieval from one stage 1 (all three losses), on a thousand other"
-        " pictures;"
-        " and stage 1 itself without that loss.",
+        " pictures; and stage 1 itself without that loss.",
         {
             "fine-tuned with ITG": with_itg,
             "fine-tuned without": without_itg,
@@ -169,8 +154,7 @@ CLAIMS = (
         "Without stage 1, stage 2 is worse",
         "BLIP-2, figure 5",
         "400 steps of stage 2 before a small decoder, from stage 1 and from a Q-Former that starts at"
-        " random; the paper"
-        " asks questions zero-shot, here captions are scored.",
+        " random; the paper asks questions zero-shot, here captions are scored.",
         {"from stage 1": both_stages, "without": stage2_alone},
         CAPTIONS,
         (Expected("from stage 1", "without", _names(CAPTIONS)),),
@@ -182,10 +166,9 @@ CLAIMS = (
         "A Q-Former that reads the instruction, and balanced sampling, help with what is held out",
         "InstructBLIP, table 2",
         "Six datasets of instructions about the pictures, 1,000 steps from one stage 2; held out are kinds"
-        " of questions"
-        " and wordings that training never shows. `as a whole` reads the instruction and draws the datasets"
-        " by the root"
-        " of their size, as the paper; without balancing they are drawn equally often.",
+        " of questions and wordings that training never shows. `as a whole` reads the instruction and draws"
+        " the datasets by the root of their size, as the paper; without balancing they are drawn equally"
+        " often.",
         {
             "as a whole": instruct("instruct"),
             "does not read": instruct("instruct-blind", "model.qformer_text_input=false"),

@@ -31,6 +31,8 @@ class Expected:
     better: str
     worse: str
     measures: tuple[str, ...]
+    equal: bool = False
+    """It finds no difference: the first is no worse."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,16 @@ class Compared:
     """Mean of the arm that should be better, less that of the other."""
     spread: float
     """Standard deviation of the difference of two single runs, over seeds."""
+    equal: bool = False
+    """The paper finds no difference."""
 
     @property
     def verdict(self) -> str:
         """In words."""
         if math.isnan(self.spread):
             return "one seed: no spread"
+        if self.equal and self.gain >= -self.spread:
+            return "yes"
         if abs(self.gain) <= self.spread:
             return "within the spread" if self.gain > 0 else "not seen"
         return "yes" if self.gain > 0 else "the opposite"
@@ -109,7 +115,7 @@ class Result:
                     better, worse = (self.values[arm][measure.name] for arm in (one.better, one.worse))
                     gain = statistics.mean(better) - statistics.mean(worse)
                     spread = math.hypot(deviation(better), deviation(worse))
-                    found.append(Compared(one.better, one.worse, measure, gain, spread))
+                    found.append(Compared(one.better, one.worse, measure, gain, spread, one.equal))
         return found
 
     def reached(self) -> list[tuple[Bound, float]]:
@@ -133,6 +139,7 @@ class Result:
             {
                 "better": one.better,
                 "worse": one.worse,
+                "equal": one.equal,
                 "measure": one.measure.name,
                 "gain": one.gain,
                 "spread": None if math.isnan(one.spread) else one.spread,
@@ -194,7 +201,10 @@ def score(name: str, key: str, digits: int = 1, scale: float = 1.0, below: str =
     def read(folder: Path) -> float | None:
         path = folder / below / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        value = [line for line in lines if line["split"] == "test"][-1].get(key)
+        tested = [line for line in lines if line["split"] == "test"]
+        if not tested:
+            raise ValueError(f"{path}: nothing of the test split")
+        value = tested[-1].get(key)
         return None if value is None else scale * value
 
     return Measure(name, read, digits)

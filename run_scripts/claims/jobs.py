@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,19 +52,18 @@ class Job:
         Raises:
             ValueError: by other commands.
         """
-        if not self.mark.is_file():
-            return False
-        if json.loads(self.mark.read_text(encoding="utf-8"))["commands"] != [
-            list(one) for one in self.commands
-        ]:
+        done = self._done()
+        if done is not None and done["commands"] != [list(one) for one in self.commands]:
             raise ValueError(f"{self.mark}: this run was made by other commands; choose another --output")
-        return True
+        return done is not None
 
     def minutes(self) -> float:
-        """How long it took, if it is finished."""
-        return (
-            json.loads(self.mark.read_text(encoding="utf-8"))["seconds"] / 60 if self.mark.is_file() else 0.0
-        )
+        """How long it took; 0 as long as it is not finished."""
+        done = self._done()
+        return 0.0 if done is None else done["seconds"] / 60
+
+    def _done(self) -> dict[str, Any] | None:
+        return json.loads(self.mark.read_text(encoding="utf-8")) if self.mark.is_file() else None
 
 
 def with_needs(jobs: Iterable[Job]) -> list[Job]:

@@ -43,18 +43,22 @@ def table(result: Result) -> list[list[str]]:
 
 
 def findings(result: Result) -> list[list[str]]:
-    """Every comparison: what should be better, than what, and whether it is."""
-    rows = [["should be better", "than", "by", "difference", "spread", ""]]
+    """Every comparison: what the paper says of two arms, and whether it is so here."""
+    rows = [["", "the paper", "", "by", "difference", "spread", "here"]]
     for one in result.compared():
         digits = one.measure.digits
         spread = "" if one.spread != one.spread else f"{one.spread:.{digits}f}"
         words = f"{MARKS.get(one.verdict, '')} {one.verdict}".strip()
-        rows.append([one.better, one.worse, one.measure.name, f"{one.gain:+.{digits}f}", spread, words])
+        told = "no worse than" if one.equal else "better than"
+        found = [one.measure.name, f"{one.gain:+.{digits}f}", spread, words]
+        rows.append([one.better, told, one.worse, *found])
     for bound, value in result.reached():
         digits = next(m.digits for m in result.claim.measures if m.name == bound.measure)
         words = "✓ yes" if value >= bound.least else "✗ no"
-        least = f"at least {bound.least:.{digits}f}"
-        rows.append([bound.arm, least, bound.measure, f"{value:.{digits}f}", "", words])
+        least = f"{bound.least:.{digits}f}"
+        rows.append(
+            [bound.arm, "at least (asked here)", least, bound.measure, f"{value:.{digits}f}", "", words]
+        )
     return rows
 
 

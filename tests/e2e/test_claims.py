@@ -49,7 +49,7 @@ def test_every_command_s_configuration_is_one_that_there_is(lab: Lab) -> None:
             for part in (config.run.captioner, config.run.filter, config.run.pretrain):
                 assert part.recipe
                 load_config(part.recipe, part.options)
-    assert read == 29
+    assert read == 30
 
 
 def test_arms_differ_in_nothing_but_what_they_are_about(lab: Lab) -> None:
@@ -66,7 +66,8 @@ def test_arms_differ_in_nothing_but_what_they_are_about(lab: Lab) -> None:
     for name in ("all", "all_but_ca", "none"):
         arm = {"all_but_ca": "all but cross-attention"}.get(name, name)
         assert apart("sharing", arm, "all but self-attention") == {f"model.share={name}"}
-    assert apart("longer", "none, replicated", "none") == {"run.max_iters=640"}
+    for arm in ("none", "captions and filter"):
+        assert apart("longer", f"{arm}, longer", arm) == {"run.max_iters=640"}
     assert apart("itg", "fine-tuned with ITG", "fine-tuned without") == {"model.objectives=[itc, itm]"}
     assert apart("itg", "stage 1 with ITG", "stage 1 without") == {"model.objectives=[itc, itm]"}
     start = f"model.init_from={lab.folder('stage1/2')}"
@@ -162,15 +163,8 @@ def test_stopped_it_takes_its_runs_along(tmp_path: Path) -> None:
     )
     python.chmod(0o755)
     stopped = tmp_path / "stopped"
-    command = [
-        sys.executable,
-        ROOT / "run_scripts" / "claims",
-        "stage1",
-        "--output",
-        tmp_path / "o",
-        "--jobs",
-        "1",
-    ]
+    claims = [sys.executable, ROOT / "run_scripts" / "claims", "stage1"]
+    command = [*claims, "--output", tmp_path / "o", "--jobs", "1"]
     environment = os.environ | {"BLIP_PYTHON": str(python), "STOPPED": str(stopped)}
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
@@ -217,6 +211,19 @@ def test_a_difference_counts_beyond_the_spread_of_seeds(
         variance = statistics.variance(better) + statistics.variance(worse)
         assert one.spread**2 == pytest.approx(variance)
     assert one.verdict == verdict
+
+
+def test_where_the_paper_finds_no_difference_to_be_no_worse_is_enough() -> None:
+    values: dict[str, list[float]] = {"a": [10, 11, 12], "b": [5, 6, 7], "c": [9, 11, 13], "d": [11, 12, 13]}
+
+    def verdict(better: str, worse: str) -> str:
+        claim, lab = claim_of(values, Expected(better, worse, ("points",), equal=True))
+        result = result_of(claim, lab, (1, 2, 3), 1.0)
+        assert page.findings(result)[1][:3] == [better, "no worse than", worse]
+        return result.compared()[0].verdict
+
+    assert verdict("a", "b") == verdict("a", "c") == verdict("c", "d") == "yes"
+    assert verdict("b", "a") == "the opposite"
 
 
 def test_the_outcome_of_a_claim_is_that_of_all_its_comparisons() -> None:
@@ -297,17 +304,13 @@ def test_all_claims_are_told_on_one_page(tmp_path: Path) -> None:
         assert values["seeds"] == [1, 2]
         assert values["values"].keys() == claim.arms.keys()
         picture = (tmp_path / "out" / f"{name}.svg").read_text()
-        assert (
-            picture.count("<circle") == 2 * len(claim.arms) * picture.count("font-weight")
-            or name == "nucleus"
-        )
+        dots = 2 * len(claim.arms) * picture.count("font-weight")  # arms without a measure have none
+        assert picture.count("<circle") == dots - 2 * (name == "nucleus")
         assert (tmp_path / "out" / f"{name}.md").read_text().startswith(f"# {claim.title}")
     assert text.count("<svg") == len(CLAIMS)
     capfilt = json.loads((tmp_path / "out" / "capfilt.json").read_text())
-    assert capfilt["values"]["none"]["CIDEr"] == [
-        2500.0,
-        2600.0,
-    ]  # four letters, seeds 1 and 2, a hundredfold
+    # Four letters, seeds 1 and 2, a hundredfold.
+    assert capfilt["values"]["none"]["CIDEr"] == [2500.0, 2600.0]
     assert "AUROC of the filter, clean against corrupted" not in capfilt["values"]["none"]
     reached = {one["measure"]: one["value"] >= one["least"] for one in capfilt["bounds"]}
     assert list(reached.values()) == [True, True, False]
@@ -345,6 +348,9 @@ def test_scores_are_the_last_of_the_test_split(tmp_path: Path) -> None:
     assert told.score("x", "c").read(tmp_path) is None
     assert told.mean_score("x", "a", "b").read(tmp_path) == 2.5
     assert told.mean_score("x", "a", "c").read(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(some[1]))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: nothing of the test split"):
+        told.score("x", "a").read(tmp_path)
 
 
 @pytest.mark.slow
