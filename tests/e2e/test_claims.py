@@ -67,7 +67,7 @@ def test_arms_differ_in_nothing_but_what_they_are_about(lab: Lab) -> None:
         arm = {"all_but_ca": "all but cross-attention"}.get(name, name)
         assert apart("sharing", arm, "all but self-attention") == {f"model.share={name}"}
     for arm in ("none", "captions and filter"):
-        assert apart("longer", f"{arm}, longer", arm) == {"run.max_iters=640"}
+        assert apart("longer", f"{arm}, longer", arm) == {"run.max_iters=800"}
     assert apart("itg", "fine-tuned with ITG", "fine-tuned without") == {"model.objectives=[itc, itm]"}
     assert apart("itg", "stage 1 with ITG", "stage 1 without") == {"model.objectives=[itc, itm]"}
     start = f"model.init_from={lab.folder('stage1/2')}"
@@ -260,6 +260,7 @@ if "run.output_dir" in options:
     seed = float(options.get("run.seed", 1))
     keys = "txt_r1 img_r1 itc_txt_r1 itc_img_r1 CIDEr Bleu_4 attr_acc held_out_kinds/acc held_out_data/acc"
     keys += " locate/acc refer/acc compare/acc"
+    keys += "".join(f" held_out_kinds/type_{kind}" for kind in ("choice", "verify", "count"))
     run = folder.parent if folder.name == "captions" else folder
     value = 20.0 + len(run.parent.name) + (seed if run is folder else float(run.name))
     (folder / "metrics.jsonl").write_text(json.dumps({"split": "test"} | dict.fromkeys(keys.split(), value)))
