@@ -13,9 +13,12 @@ trainings, for trying things out.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # A checkout is enough: the library need not be installed.
@@ -49,30 +52,64 @@ def main(arguments: list[str]) -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = set(Runner(args.jobs).run(jobs))
-    except ValueError as error:
+        with _locked(lab.output) as lock:
+            Runner(args.jobs, lock=lock).run(jobs)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same line goes on", file=sys.stderr)
         return 3
-    results: list[Result] = []
-    lost = []
-    for claim in claims:
-        own = with_needs(claim.jobs(lab, args.seeds))
-        if failed.intersection(own):
-            lost.append(claim)
-            continue
-        result = result_of(claim, lab, args.seeds, sum(job.minutes() for job in own))
+    results, lost = _outcomes(claims, lab, args.seeds)
+    for result in results:
         page.write_claim(result, lab.output)
-        results.append(result)
-        print(f"\n{claim.title} ({claim.source}): {result.verdict()}")
+        print(f"\n{result.claim.title} ({result.claim.source}): {result.verdict()}")
         print(_plain(page.table(result)))
         print(_plain(page.findings(result)))
-    for claim in lost:
-        print(f"\n{claim.name}: no outcome, since runs failed")
-    print(f"\nAll on one page: {page.write_page(results, lost, lab.output)}")
+    for claim, why in lost:
+        print(f"\n{claim.name}: no outcome: {why}")
+    # What former calls have finished stays on the page.
+    others, _ = _outcomes([one for one in CLAIMS.values() if one not in claims], lab, args.seeds)
+    order = list(CLAIMS)
+    shown = sorted([*results, *others], key=lambda result: order.index(result.claim.name))
+    print(f"\nAll on one page: {page.write_page(shown, lost, lab.output)}")
     return 1 if lost else 0
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[int]:
+    """A lock on the runs' folder, which whatever was started there holds to its end.
+
+    Raises:
+        ValueError: somebody has it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{output}: another call, or a run that it has left, is at work there"
+            ) from error
+        yield file.fileno()
+
+
+def _outcomes(
+    claims: list[Claim], lab: Lab, seeds: list[int]
+) -> tuple[list[Result], list[tuple[Claim, str]]]:
+    """What finished runs say about claims; and the claims that have no outcome, each with the reason."""
+    results: list[Result] = []
+    lost: list[tuple[Claim, str]] = []
+    for claim in claims:
+        own = with_needs(claim.jobs(lab, seeds))
+        try:
+            if all(job.finished() for job in own):
+                results.append(result_of(claim, lab, seeds, sum(job.minutes() for job in own)))
+            else:
+                lost.append((claim, "runs failed"))
+        except (ValueError, KeyError, OSError) as error:
+            lost.append((claim, f"{type(error).__name__}: {error}"))
+    return results, lost
 
 
 def _plain(rows: list[list[str]]) -> str:
@@ -85,12 +122,18 @@ def _plain(rows: list[list[str]]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; names of claims and key=value come before it")
+    return int(text)
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run_scripts/claims/run.sh", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME | key=value", help=f"all, {', '.join(CLAIMS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default: 1 2 3")
+    parser.add_argument("--seeds", nargs="+", type=_seed, default=[1, 2, 3], help="default: 1 2 3")
     parser.add_argument("--output", type=Path, default=Path("output/claims"), help="the runs' folder")
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("BLIP_DATA", "data")), help="data root"

@@ -1,9 +1,9 @@
 """BLIP's claims: CapFilt (tables 1, 2, 12 and 13), sharing (table 3), and the parts of its contrast.
 
 Few captions by people, many of the web, half of them corrupted: a thousand pictures with two captions each,
-and five thousand with one. Every model begins with the same tower, which has learned to see on other
-pictures, as BLIP's tower comes from ImageNet, and is pre-trained for the same number of steps, whatever the
-number of texts.
+and five thousand with one. Every model begins with the same tower, which has learned to see by describing
+other pictures, and is pre-trained for the same number of steps, whatever the number of texts. It is scored as
+it is, where the papers fine-tune first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from run_scripts.claims.claims import Bound, Claim, Expected, Measure, mean_score, score
+from run_scripts.claims.claims import EQUAL, Bound, Claim, Expected, Measure, mean_score, score
 from run_scripts.claims.jobs import Job
 from run_scripts.claims.settings import PROCESSORS, Lab
 
@@ -200,7 +200,12 @@ CAPTIONS = (
 )
 BEFORE = mean_score("R@1 by ITC alone, mean", "itc_txt_r1", "itc_img_r1")
 SCORES = (*RETRIEVAL, BEFORE, *CAPTIONS)
-COLUMNS = "COCO TR@1, IR@1; B@4, CIDEr"
+COLUMNS = "fine-tuned on COCO: TR@1, IR@1; B@4, CIDEr"
+SCORED = (
+    " Models are scored as pre-training leaves them, on pictures of their own; the paper fine-tunes each on"
+    " COCO first, which makes its differences smaller. The tower has learned to see by describing 10,000"
+    " other pictures, the paper's by ImageNet's labels."
+)
 JUDGED = tuple(one.name for one in (*RETRIEVAL, CAPTIONS[0]))
 
 CLAIMS = (
@@ -210,7 +215,8 @@ CLAIMS = (
         "BLIP, table 1",
         "Captioner and filter are fine-tuned on the captions of people, from the model that the web's own"
         " texts have trained; a new model is trained on what they leave. The paper trains 20 epochs of"
-        " whatever there is; here all models see the same number of pairs.",
+        " whatever there is; here all models see the same number of pairs, so those of people are seen less"
+        f" often where there are more others.{SCORED}",
         {
             "none": raw,
             "filter": retrained_filter,
@@ -225,6 +231,8 @@ CLAIMS = (
             _summary("corrupted web texts removed, %", "truth", "corrupted texts removed"),
             _summary("clean web texts kept, %", "truth", "clean texts kept"),
             _summary("kept web texts that are clean, %", "truth", "kept texts that are clean"),
+            _summary("written texts right in all they state, %", "truth", "synthetic texts that are right"),
+            _summary("kept ones likewise, %", "truth", "synthetic texts that are right, kept ones"),
         ),
         (
             Expected("filter", "none", JUDGED),
@@ -247,20 +255,22 @@ CLAIMS = (
         paper_columns=COLUMNS,
         tried="That captions add to what the filter keeps was not seen with 500 pictures of people and 2,000"
         " of the web, with 400 and 5,000, with 600 steps, or with 1,200 (one seed: R@1 88.4 and 87.4 with"
-        " both, 87.8 and 87.4 with the filter alone, CIDEr 248). A clean text of the web is here as good as"
-        " one of people, and half of them are clean; in the paper both are rarer.",
+        " both, 87.8 and 87.4 with the filter alone, CIDEr 248). Few written captions are right in all that"
+        " they state, and the filter, which finds boilerplate and texts of other pictures, keeps more than"
+        " half of those that are wrong in a detail; the web's clean half are all right.",
     ),
     Claim(
         "nucleus",
         "Captions by nucleus sampling help more than those by beam search",
         "BLIP, table 2",
         "The same captioner writes once by drawing words (p = 0.9), once by three beams; the same filter"
-        " judges.",
+        f" judges.{SCORED}",
         {"none": raw, "beam": retrained_beam, "nucleus": retrained},
         (*SCORES, _summary("written texts removed, %", "removed", "synthetic")),
         (
             Expected("beam", "none", JUDGED),
-            Expected("nucleus", "beam", (*JUDGED, "written texts removed, %")),
+            Expected("nucleus", "beam", JUDGED),
+            Expected("nucleus", "beam", ("written texts removed, %",), "above"),
         ),
         paper={
             "none": "78.4, 60.7; 38.0, 127.8",
@@ -277,7 +287,8 @@ CLAIMS = (
         "BLIP, tables 12 and 13",
         "The old model goes on with CapFilt's texts for as many steps as a new one takes, which is twice the"
         " training in all; so new models are trained twice as long, too, on the web's own texts and on"
-        " CapFilt's. The paper's replicated texts make an epoch 1.6 times as long, that of CapFilt's texts.",
+        " CapFilt's. The paper's replicated texts make an epoch 1.6 times as long, that of CapFilt's texts."
+        f"{SCORED}",
         {
             "none": raw,
             "none, longer": longer,
@@ -288,25 +299,28 @@ CLAIMS = (
         SCORES,
         (
             Expected("captions and filter, longer", "none, longer", JUDGED),
-            Expected("captions and filter", "old model continued", JUDGED, equal=True),
-            Expected("captions and filter, longer", "old model continued", JUDGED, equal=True),
+            Expected("none, longer", "none", JUDGED, EQUAL),
+            Expected("old model continued", "captions and filter", JUDGED, EQUAL),
         ),
         paper={
             "none": "78.4, 60.7; 38.0, 127.8",
             "none, longer": "78.3, 60.5; 37.9, 127.7",
-            "captions and filter, longer": "80.6, 63.1; 38.6, 129.7",
+            "captions and filter": "80.6, 63.1; 38.6, 129.7",
+            "captions and filter, longer": "the same",
             "old model continued": "80.6, 63.0; 38.5, 129.9",
         },
         paper_columns=COLUMNS,
-        tried="As the paper compares, with a new model of as many further steps, continuing is better here:"
-        " 400 steps are far from all that can be learned, and it has had 800. Trained as long in all, a new"
-        " model is not behind.",
+        tried="400 steps are far from all that can be learned, so longer training helps whatever the texts."
+        " This was first tried with 640 steps of the web's own texts beside 400 of CapFilt's: R@1 70.5 and"
+        " 70.9 beside 77.7 and 78.1, but CIDEr 183 beside 175; then with as many steps for both, as in table"
+        " 12, whose texts without CapFilt are replicated to the same epoch. The continued model, too, has had"
+        " twice the training; the new one that was trained as long in all stands beside it.",
     ),
     Claim(
         "sharing",
         "Encoder and decoder should share all but self-attention",
         "BLIP, table 3",
-        "Pre-trained on people's texts and the web's own.",
+        f"Pre-trained on people's texts and the web's own.{SCORED}",
         {
             "all": changed("share-all", "model.share=all"),
             "all but cross-attention": changed("share-all_but_ca", "model.share=all_but_ca"),
@@ -326,8 +340,8 @@ CLAIMS = (
             "none": "78.3, 60.5; 37.8, 127.4 (361 M)",
         },
         paper_columns=COLUMNS,
-        tried="In retrieval no way of sharing stands out from the spread of seeds; captions are better where"
-        " the decoder has weights of its own. After 1,200 steps (one seed: R@1, CIDEr) all shared has 75.4"
+        tried="In retrieval no way of sharing stands out from the spread of seeds; captions are best where"
+        " nothing is shared. After 1,200 steps (one seed: R@1, CIDEr) all shared has 75.4"
         " and 76.4, 223; all but self-attention 72.6 and 73.6, 212; nothing 73.6 and 71.0, 247.",
     ),
     Claim(
@@ -337,7 +351,7 @@ CLAIMS = (
         "Neither paper has a table of these three at BLIP's columns. Pre-trained on people's texts and the"
         " web's own; without soft targets (alpha = 0) the twin still fills the queue, without hard negatives"
         " those of the matching loss are drawn equally often, without queue the contrast spans the batch of"
-        " 64 pairs.",
+        f" 64 pairs.{SCORED}",
         {
             "all three": raw,
             "no soft targets": changed("no-soft-targets", "model.alpha=0"),

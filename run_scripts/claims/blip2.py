@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from blip.data.scenes.instruct import TEMPLATES
 from run_scripts.claims.claims import Claim, Expected, Measure, mean_score, score
 from run_scripts.claims.jobs import Job
 from run_scripts.claims.settings import Lab
@@ -115,9 +119,22 @@ def instruct(kind: str, *options: str) -> Callable[[Lab, int], Job]:
 
 RETRIEVAL = (score("picture to text, R@1", "txt_r1"), score("text to picture, R@1", "img_r1"))
 CAPTIONS = (score("CIDEr", "CIDEr", scale=100), score("stated attributes right, %", "attr_acc"))
+UNSEEN = tuple(template.format(q="") for template in TEMPLATES["vqa"][2:])
+"""What the wordings of questions begin with that training does not show."""
+
+
+def _unseen(folder: Path) -> float | None:
+    """Share of right answers to questions in wordings that training does not show."""
+    path = max(folder.glob("predictions/test-held_out_data-*.json"))
+    answers = json.loads(path.read_text(encoding="utf-8"))
+    right = [one["accuracy"] for one in answers if one["question"].startswith(UNSEEN)]
+    return 100 * statistics.mean(right) if right else None
+
+
 ANSWERS = (
     score("held-out kinds, %", "held_out_kinds/acc"),
-    score("held-out questions, %", "held_out_data/acc"),
+    Measure("questions in held-out wordings, %", _unseen),
+    score("questions in all wordings, %", "held_out_data/acc"),
     score("of held-out kinds: choices, %", "held_out_kinds/type_choice"),
     score("of held-out kinds: statements, %", "held_out_kinds/type_verify"),
     score("of held-out kinds: counts, %", "held_out_kinds/type_count"),
@@ -137,7 +154,8 @@ CLAIMS = (
         "Image-grounded text generation helps retrieval",
         "BLIP-2, table 6",
         "As in the paper, fine-tuned for retrieval from one stage 1 (all three losses), on a thousand other"
-        " pictures; and stage 1 itself without that loss.",
+        " pictures. Beside it, stage 1 itself with and without that loss, which the paper does not have,"
+        " scored on other test pictures than the fine-tuned ones.",
         {
             "fine-tuned with ITG": with_itg,
             "fine-tuned without": without_itg,
@@ -145,10 +163,7 @@ CLAIMS = (
             "stage 1 without": never_itg,
         },
         (*RETRIEVAL, mean_score("R@1 by ITC alone, mean", "itc_txt_r1", "itc_img_r1")),
-        (
-            Expected("fine-tuned with ITG", "fine-tuned without", _names(RETRIEVAL)),
-            Expected("stage 1 with ITG", "stage 1 without", _names(RETRIEVAL)),
-        ),
+        (Expected("fine-tuned with ITG", "fine-tuned without", _names(RETRIEVAL)),),
         paper={"fine-tuned with ITG": "85.4, 68.3", "fine-tuned without": "84.5, 67.2"},
         paper_columns="COCO TR@1, IR@1",
     ),
@@ -161,22 +176,24 @@ CLAIMS = (
         {"from stage 1": both_stages, "without": stage2_alone},
         CAPTIONS,
         (Expected("from stage 1", "without", _names(CAPTIONS)),),
-        paper={"from stage 1": "VQAv2, no numbers in the text", "without": "far lower"},
+        paper={"from stage 1": "VQAv2, no numbers in the text", "without": "lower; OPT gets worse with time"},
         paper_columns="zero-shot",
         tried="This tower was taught by describing, so that what it sees is near to words from the beginning."
-        " Before one taught by contrast alone, as the paper's was, there is no difference (one seed, steps:"
-        " CIDEr from stage 1 and without): 100: 40 and 50; 200: 69 and 68; 400: 82 and 82."
-        " run_scripts/stage1_ablation.sh, before a ViT-S/14 that has never seen a caption, does show it: 65"
-        " and 50, over three seeds, for an encoder-decoder.",
+        " With one taught by contrast alone, as the paper's was, CIDEr from stage 1 and without is 40 and 50"
+        " after 100 steps, 69 and 68 after 200, 82 and 82 after 400 (of another seed 74 and 81)."
+        " run_scripts/stage1_ablation.sh has a ViT-S/14 that has never seen a caption, and three seeds: 57 ±"
+        " 15 and 44 ± 5 with a decoder, 65 ± 5 and 50 ± 2 with an encoder-decoder.",
     ),
     Claim(
         "instruct",
         "A Q-Former that reads the instruction, and balanced sampling, help with what is held out",
         "InstructBLIP, table 2",
-        "Six datasets of instructions about the pictures, 1,000 steps from one stage 2; held out are kinds"
-        " of questions and wordings that training never shows. `as a whole` reads the instruction and draws"
-        " the datasets by the root of their size, as the paper; without balancing they are drawn equally"
-        " often.",
+        "Six datasets of instructions about the pictures, 1,000 steps from one stage 2 for all seeds; held"
+        " out are kinds of questions (choices, statements, counts) and two wordings of four, which the"
+        " Q-Former never sees, though the language model has read such instructions beforehand, without"
+        " pictures. `as a whole` reads the instruction and draws the datasets by the root of their size, as"
+        " the paper; without balancing they are drawn equally often. To say always no would be right of 54 %"
+        " of the statements, and 2 of 36 % of the counts.",
         {
             "as a whole": instruct("instruct"),
             "does not read": instruct("instruct-blind", "model.qformer_text_input=false"),
@@ -193,8 +210,9 @@ CLAIMS = (
             "drawn equally": "92.6; 46.8, 66.0, 49.9, 31.8, 51.1",
         },
         paper_columns="held-in mean; GQA, SciQA, IconQA, VizWiz, iVQA",
-        tried="Of the held-out kinds, reading the instruction helps a little with choices and statements; it"
-        " is counts that turn the mean round. The Q-Former that does not read answers most of them with the"
-        " commonest number: always to say 2 would be right in 36 %.",
+        tried="Questions in the wordings of training are where reading helps, and balancing; what is held out"
+        " gains little. Of the held-out kinds, choices and statements are followed a little better, and it is"
+        " counts that turn the mean round: all arms are below a constant answer there, and the Q-Former that"
+        " does not read is nearest to giving it.",
     ),
 )

@@ -31,8 +31,11 @@ class Expected:
     better: str
     worse: str
     measures: tuple[str, ...]
-    equal: bool = False
-    """It finds no difference: the first is no worse."""
+    how: str = "better than"
+    """What it says: the first is this, compared to the second; `EQUAL` if it finds no difference."""
+
+
+EQUAL = "no better or worse than"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Claim:
         return [make(lab, seed) for make in self.arms.values() for seed in seeds]
 
 
+AGREES = ("yes", "no difference seen")
+UNDECIDED = ("within the spread", "not seen")
+DISAGREES = ("the opposite", "a difference")
+
+
 @dataclass(frozen=True)
 class Compared:
     """Two arms by one measure."""
@@ -80,16 +88,16 @@ class Compared:
     """Mean of the arm that should be better, less that of the other."""
     spread: float
     """Standard deviation of the difference of two single runs, over seeds."""
-    equal: bool = False
-    """The paper finds no difference."""
+    how: str = "better than"
+    """What the paper says of them."""
 
     @property
     def verdict(self) -> str:
         """In words."""
         if math.isnan(self.spread):
             return "one seed: no spread"
-        if self.equal and self.gain >= -self.spread:
-            return "yes"
+        if self.how == EQUAL:
+            return "no difference seen" if abs(self.gain) <= self.spread else "a difference"
         if abs(self.gain) <= self.spread:
             return "within the spread" if self.gain > 0 else "not seen"
         return "yes" if self.gain > 0 else "the opposite"
@@ -115,7 +123,7 @@ class Result:
                     better, worse = (self.values[arm][measure.name] for arm in (one.better, one.worse))
                     gain = statistics.mean(better) - statistics.mean(worse)
                     spread = math.hypot(deviation(better), deviation(worse))
-                    found.append(Compared(one.better, one.worse, measure, gain, spread, one.equal))
+                    found.append(Compared(one.better, one.worse, measure, gain, spread, one.how))
         return found
 
     def reached(self) -> list[tuple[Bound, float]]:
@@ -123,15 +131,21 @@ class Result:
         return [(b, statistics.mean(self.values[b.arm][b.measure])) for b in self.claim.bounds]
 
     def verdict(self) -> str:
-        """All comparisons in a few words."""
+        """All comparisons in a few words, and whether what is asked for is reached."""
+        if len(self.seeds) == 1:
+            return "undecided: one seed has no spread"
         found = [one.verdict for one in self.compared()]
-        good = found.count("yes")
+        counts = {word: found.count(word) for word in (*AGREES, *UNDECIDED, *DISAGREES) if word in found}
+        good, bad = (sum(found.count(word) for word in words) for words in (AGREES, DISAGREES))
         if good == len(found):
-            return "reproduces"
-        if not good and "within the spread" not in found:
-            return "does not reproduce"
-        counts = {word: found.count(word) for word in dict.fromkeys(found)}
-        return "in part: " + ", ".join(f"{word} ({count})" for word, count in counts.items())
+            word = "reproduces"
+        elif found.count("yes"):
+            word = "in part"
+        else:
+            word = "does not reproduce" if bad else "undecided"
+        told = f"{word}: " + ", ".join(f"{count} {what}" for what, count in counts.items())
+        missed = [bound.measure for bound, value in self.reached() if value < bound.least]
+        return told + (f"; below what is asked: {', '.join(missed)}" if missed else "")
 
     def as_values(self) -> dict[str, Any]:
         """For JSON."""
@@ -139,7 +153,7 @@ class Result:
             {
                 "better": one.better,
                 "worse": one.worse,
-                "equal": one.equal,
+                "paper": one.how,
                 "measure": one.measure.name,
                 "gain": one.gain,
                 "spread": None if math.isnan(one.spread) else one.spread,

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blip.atomic import write_text
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,6 +44,11 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.done")
 
     @property
+    def unfinished(self) -> Path:
+        """File with the seconds that were spent so far, if it was stopped."""
+        return self.folder.with_name(f"{self.folder.name}.seconds")
+
+    @property
     def log(self) -> Path:
         """File with what the commands print."""
         return self.folder.with_name(f"{self.folder.name}.log")
@@ -61,6 +68,10 @@ class Job:
         """How long it took; 0 as long as it is not finished."""
         done = self._done()
         return 0.0 if done is None else done["seconds"] / 60
+
+    def spent(self) -> float:
+        """Seconds that went into it before it was stopped."""
+        return float(self.unfinished.read_text()) if self.unfinished.is_file() else 0.0
 
     def _done(self) -> dict[str, Any] | None:
         return json.loads(self.mark.read_text(encoding="utf-8")) if self.mark.is_file() else None
@@ -87,15 +98,18 @@ class Runner:
     Args:
         workers: how many at once; each has the threads that are its share of the cores.
         say: takes lines about the progress.
+        lock: file descriptor that the commands keep open, so that a lock on it lasts as long as any of them.
     """
 
-    def __init__(self, workers: int, say: Callable[[str], None] = print) -> None:
-        self.workers, self.say = workers, say
-        threads = max((os.cpu_count() or 1) // workers, 1)
+    def __init__(self, workers: int, say: Callable[[str], None] = print, lock: int | None = None) -> None:
+        self.workers, self.say, self._lasting = workers, say, () if lock is None else (lock,)
+        threads = max(len(os.sched_getaffinity(0)) // workers, 1)
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        self.python = os.environ.get("BLIP_PYTHON") or sys.executable
+        python = os.environ.get("BLIP_PYTHON") or sys.executable
+        self.python = str(Path(python).absolute()) if os.sep in python else python
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Condition()
+        self._began: dict[Job, float] = {}
         self._stopped = False
 
     def run(self, jobs: Sequence[Job]) -> list[Job]:
@@ -109,12 +123,15 @@ class Runner:
 
         def work(job: Job) -> None:
             began = time.monotonic()
-            good = self._carry_out(job)
+            try:
+                good, why = self._carry_out(job), f"see {job.log}"
+            except OSError as error:
+                good, why = False, str(error)
             with self._lock:
                 running.discard(job)
                 (done if good else failed).add(job)
                 took = f"{(time.monotonic() - began) / 60:.1f} min"
-                told = took if good else f"FAILED; see {job.log}"
+                told = took if good else f"FAILED; {why}"
                 if good or not self._stopped:
                     self.say(f"[{len(done & waiting) + len(failed)}/{total}] {job.name}: {told}")
                 self._lock.notify_all()
@@ -138,13 +155,31 @@ class Runner:
                     child.send_signal(signal.SIGTERM)
                 for child in self._children:
                     child.wait()
+                for job in running.intersection(self._began):
+                    self._note(job)
                 raise
         return [job for job in jobs if job in failed]
 
     def _carry_out(self, job: Job) -> bool:
-        """Run its commands; whether all went well."""
+        """Run its commands; whether all went well.
+
+        Raises:
+            OSError: a file cannot be written, or there is no such Python.
+        """
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        self._began[job] = time.monotonic() - job.spent()
+        if not self._commands(job):
+            self._note(job)
+            return False
+        done = {"commands": job.commands, "seconds": round(time.monotonic() - self._began[job], 1)}
+        write_text(job.mark, json.dumps(done, indent=1))
+        return True
+
+    def _note(self, job: Job) -> None:
+        """Keep how long it has taken so far."""
+        write_text(job.unfinished, f"{time.monotonic() - self._began[job]:.3f}\n")
+
+    def _commands(self, job: Job) -> bool:
         with job.log.open("ab") as log:
             for command in job.commands:
                 log.write(f"$ python {shlex.join(command)}\n".encode())
@@ -158,6 +193,7 @@ class Runner:
                         stdout=log,
                         stderr=subprocess.STDOUT,
                         env=self.environment,
+                        pass_fds=self._lasting,
                     )
                     self._children.add(child)
                 code = child.wait()
@@ -165,10 +201,6 @@ class Runner:
                     self._children.discard(child)
                 if code:
                     return False
-        done = {"commands": job.commands, "seconds": round(time.monotonic() - began, 1)}
-        draft = job.mark.with_name(f"{job.mark.name}.partial")
-        draft.write_text(json.dumps(done, indent=1), encoding="utf-8")
-        draft.replace(job.mark)
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from blip.tasks.capfilt import CapFiltRun
 from run_scripts.claims import claims as told
 from run_scripts.claims import page
 from run_scripts.claims.__main__ import CLAIMS
-from run_scripts.claims.claims import Claim, Expected, Measure, result_of
+from run_scripts.claims.claims import Bound, Claim, Expected, Measure, result_of
 from run_scripts.claims.jobs import Job, Runner, with_needs
 from run_scripts.claims.settings import Lab
 from tests.e2e.runs import ROOT
@@ -54,7 +56,8 @@ def test_every_command_s_configuration_is_one_that_there_is(lab: Lab) -> None:
 
 def test_arms_differ_in_nothing_but_what_they_are_about(lab: Lab) -> None:
     def options(job: Job) -> set[str]:
-        return {one for one in job.commands[0] if not one.startswith("run.output_dir=")}
+        own = ("run.output_dir=", str(lab.output))  # where it lies, and the recipe that it was left
+        return {one for one in job.commands[0] if not one.startswith(own)}
 
     def apart(claim: str, arm: str, base: str) -> set[str]:
         arms = CLAIMS[claim].arms
@@ -69,6 +72,18 @@ def test_arms_differ_in_nothing_but_what_they_are_about(lab: Lab) -> None:
     for arm in ("none", "captions and filter"):
         assert apart("longer", f"{arm}, longer", arm) == {"run.max_iters=800"}
     assert apart("itg", "fine-tuned with ITG", "fine-tuned without") == {"model.objectives=[itc, itm]"}
+    old = lab.folder("none/2")
+    again = {f"model.init_from={old}", "model.vit_init_from=null"}
+    assert apart("longer", "old model continued", "captions and filter") == again
+    made = {arm: options(make(lab, 2).needs[0]) for arm, make in CLAIMS["capfilt"].arms.items()}
+    made["beam"] = options(CLAIMS["nucleus"].arms["beam"](lab, 2).needs[0])
+    place = f"{lab.folder('capfilt/2')}/round-1"
+    experts = {f"run.{part}.checkpoint={place}/{part}" for part in ("captioner", "filter")}
+    both = made["captions and filter"]
+    assert made["filter"] ^ both == {*experts, "run.captions.num=0"}
+    assert made["captions"] ^ both == {*experts, "run.keep.itm=null"}
+    beams = {"run.captions.use_nucleus_sampling=false", "run.captions.num_beams=3"}
+    assert made["beam"] ^ both == {*experts, *beams}
     assert apart("itg", "stage 1 with ITG", "stage 1 without") == {"model.objectives=[itc, itm]"}
     start = f"model.init_from={lab.folder('stage1/2')}"
     assert apart("stage1", "from stage 1", "without") == {start}
@@ -158,9 +173,8 @@ def test_as_many_at_once_as_there_are_workers(tmp_path: Path) -> None:
 
 def test_stopped_it_takes_its_runs_along(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(
-        "#!/usr/bin/env bash\ntrap 'touch $STOPPED; exit 3' TERM\nwhile :; do sleep 0.05; done\n"
-    )
+    script = "trap 'touch $STOPPED; exit 3' TERM; touch $STOPPED.not-yet; while :; do sleep 0.05; done"
+    python.write_text(f"#!/usr/bin/env bash\n{script}\n")
     python.chmod(0o755)
     stopped = tmp_path / "stopped"
     claims = [sys.executable, ROOT / "run_scripts" / "claims", "stage1"]
@@ -168,15 +182,15 @@ def test_stopped_it_takes_its_runs_along(tmp_path: Path) -> None:
     environment = os.environ | {"BLIP_PYTHON": str(python), "STOPPED": str(stopped)}
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
-        if list((tmp_path / "o").rglob("*.log")):
+        if (tmp_path / "stopped.not-yet").exists():
             break
         time.sleep(0.05)
-    time.sleep(0.3)
     child.terminate()
     _, errors = child.communicate(timeout=30)
     assert child.returncode == 3, errors
     assert "stopped; the same line goes on" in errors
     assert stopped.exists()
+    assert [float(path.read_text()) > 0 for path in (tmp_path / "o").rglob("*.seconds")] == [True]
 
 
 # What they came to
@@ -213,17 +227,17 @@ def test_a_difference_counts_beyond_the_spread_of_seeds(
     assert one.verdict == verdict
 
 
-def test_where_the_paper_finds_no_difference_to_be_no_worse_is_enough() -> None:
+def test_where_the_paper_finds_no_difference_there_must_be_none() -> None:
     values: dict[str, list[float]] = {"a": [10, 11, 12], "b": [5, 6, 7], "c": [9, 11, 13], "d": [11, 12, 13]}
 
     def verdict(better: str, worse: str) -> str:
-        claim, lab = claim_of(values, Expected(better, worse, ("points",), equal=True))
+        claim, lab = claim_of(values, Expected(better, worse, ("points",), told.EQUAL))
         result = result_of(claim, lab, (1, 2, 3), 1.0)
-        assert page.findings(result)[1][:3] == [better, "no worse than", worse]
+        assert page.findings(result)[1][:3] == [better, "no better or worse than", worse]
         return result.compared()[0].verdict
 
-    assert verdict("a", "b") == verdict("a", "c") == verdict("c", "d") == "yes"
-    assert verdict("b", "a") == "the opposite"
+    assert verdict("a", "c") == verdict("c", "d") == "no difference seen"
+    assert verdict("a", "b") == verdict("b", "a") == "a difference"
 
 
 def test_the_outcome_of_a_claim_is_that_of_all_its_comparisons() -> None:
@@ -233,10 +247,16 @@ def test_the_outcome_of_a_claim_is_that_of_all_its_comparisons() -> None:
         claim, lab = claim_of(values, *(Expected(*pair, ("points",)) for pair in pairs))
         return result_of(claim, lab, (1, 2, 3), 1.0).verdict()
 
-    assert outcome("ab", "cb") == "reproduces"
-    assert outcome("ba") == "does not reproduce"
-    assert outcome("ca", "ba") == "does not reproduce"
-    assert outcome("ab", "ac", "ca") == "in part: yes (1), not seen (2)"
+    assert outcome("ab", "cb") == "reproduces: 2 yes"
+    assert outcome("ba") == "does not reproduce: 1 the opposite"
+    assert outcome("ca", "ba") == "does not reproduce: 1 not seen, 1 the opposite"
+    assert outcome("ab", "ac", "ca", "ba") == "in part: 1 yes, 2 not seen, 1 the opposite"
+    assert outcome("ac", "ca") == "undecided: 2 not seen"
+    claim, lab = claim_of(values, Expected("a", "b", ("points",)))
+    assert result_of(claim, lab, (2,), 1.0).verdict() == "undecided: one seed has no spread"
+    for least, more in ((11, ""), (11.5, "; below what is asked: points")):
+        asked = replace(claim, bounds=(Bound("a", "points", least),))
+        assert result_of(asked, lab, (1, 2, 3), 1.0).verdict() == f"reproduces: 1 yes{more}"
 
 
 def test_a_figure_that_only_some_seeds_have_is_an_error() -> None:
@@ -264,11 +284,17 @@ if "run.output_dir" in options:
     run = folder.parent if folder.name == "captions" else folder
     value = 20.0 + len(run.parent.name) + (seed if run is folder else float(run.name))
     (folder / "metrics.jsonl").write_text(json.dumps({"split": "test"} | dict.fromkeys(keys.split(), value)))
+    asked = {"question": "look at the image and answer: what?", "accuracy": 0.25}
+    seen = {"question": "what?", "accuracy": 1.0}
+    (folder / "predictions").mkdir(exist_ok=True)
+    (folder / "predictions" / "test-held_out_data-step-00001000.json").write_text(json.dumps([asked, seen]))
     (folder / "model").mkdir(exist_ok=True)
     header = json.dumps({"w": {"shape": [30, 100]}, "twin.w": {"shape": [5]}}).encode()
     (folder / "model" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     found = {"truth": {"AUROC by itm": 0.93, "corrupted texts removed": 0.85, "clean texts kept": 0.7}}
     found["truth"]["kept texts that are clean"] = 0.9
+    found["truth"]["synthetic texts that are right"] = 0.2
+    found["truth"]["synthetic texts that are right, kept ones"] = 0.3
     found["removed"] = {"web": 0.4, "synthetic": 0.25}
     (folder / "round-1").mkdir(exist_ok=True)
     (folder / "round-1" / "summary.json").write_text(json.dumps({"datasets": {"scenes_web": found}}))
@@ -317,13 +343,18 @@ def test_all_claims_are_told_on_one_page(tmp_path: Path) -> None:
     assert list(reached.values()) == [True, True, False]
     sharing = json.loads((tmp_path / "out" / "sharing.json").read_text())
     assert sharing["values"]["all"]["thousand weights"] == [3.0, 3.0]
-    assert not (tmp_path / "out" / "runs" / "data" / "tower.done.partial").exists()
-    assert re.search(r"84|\d+ of \d+ runs are finished", run(tmp_path, "capfilt", "--seeds", "1", "2"))
+    instruct = json.loads((tmp_path / "out" / "instruct.json").read_text())
+    assert instruct["values"]["as a whole"]["questions in held-out wordings, %"] == [25.0, 25.0]
+    assert not list((tmp_path / "out").rglob("*partial*"))
+    again = run(tmp_path, "capfilt", "--seeds", "1", "2")
+    [(done, total)] = re.findall(r"^(\d+) of (\d+) runs are finished$", again, re.M)
+    assert done == total == str(len(with_needs(CLAIMS["capfilt"].jobs(Lab(tmp_path, tmp_path), (1, 2)))))
+    assert (tmp_path / "out" / "claims.html").read_text() == text  # the others stay on it
 
 
 def test_runs_that_fail_cost_their_own_claims_only(tmp_path: Path) -> None:
     printed = run(tmp_path, "itg", "stage1", "contrast", "--seeds", "1", code=1, FAILS="stage2")
-    assert "stage1: no outcome, since runs failed" in printed
+    assert "stage1: no outcome: runs failed" in printed
     assert (tmp_path / "out" / "itg.json").exists()
     assert not (tmp_path / "out" / "stage1.json").exists()
     assert "no outcome: runs failed" in (tmp_path / "out" / "claims.html").read_text()
@@ -336,6 +367,45 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     assert "choose another --output" in run(tmp_path, "itg", "run.max_iters=3", "--seeds", "1", code=2)
     listed = run(tmp_path, "--list")
     assert all(re.search(rf"^{name} ", listed, re.M) for name in CLAIMS)
+    assert "'itg' is no seed; names of claims and key=value" in run(tmp_path, "--seeds", "1", "itg", code=2)
+
+
+def test_a_run_that_cannot_be_started_is_one_that_fails(tmp_path: Path) -> None:
+    job = writes(tmp_path / "x" / "1")
+    behind = writes(tmp_path / "y" / "1", job)
+    said: list[str] = []
+    runner = Runner(2, said.append)
+    runner.python = str(tmp_path / "no-python")
+    assert runner.run([job, behind]) == [job, behind]
+    assert len(said) == 1
+    assert "x/1: FAILED" in said[0]
+    assert "no-python" in said[0]
+
+
+def test_a_folder_is_used_by_one_call_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "is at work there" in run(tmp_path, "itg", "--seeds", "1", code=2)
+    run(tmp_path, "itg", "--seeds", "1")
+
+
+def test_a_missing_figure_costs_its_own_claim_only(tmp_path: Path) -> None:
+    run(tmp_path, "itg", "stage1", "--seeds", "1")
+    (tmp_path / "out" / "runs" / "stage2" / "1" / "metrics.jsonl").unlink()
+    printed = run(tmp_path, "itg", "stage1", "--seeds", "1", code=1)
+    assert "stage1: no outcome: FileNotFoundError" in printed
+    assert "Image-grounded text generation" in (tmp_path / "out" / "claims.html").read_text()
+
+
+def test_minutes_are_those_of_all_attempts(tmp_path: Path) -> None:
+    job = writes(tmp_path / "x" / "1", after="import sys; sys.exit(1)")
+    assert Runner(1, print).run([job]) == [job]
+    assert job.spent() > 0
+    job.unfinished.write_text("600.0")
+    good = Job(job.folder, (("-c", ""),))
+    assert Runner(1, print).run([good]) == []
+    assert 10 <= good.minutes() < 11
 
 
 def test_scores_are_the_last_of_the_test_split(tmp_path: Path) -> None:
