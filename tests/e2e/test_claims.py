@@ -344,7 +344,8 @@ def test_all_claims_are_told_on_one_page(tmp_path: Path) -> None:
     sharing = json.loads((tmp_path / "out" / "sharing.json").read_text())
     assert sharing["values"]["all"]["thousand weights"] == [3.0, 3.0]
     instruct = json.loads((tmp_path / "out" / "instruct.json").read_text())
-    assert instruct["values"]["as a whole"]["questions in held-out wordings, %"] == [25.0, 25.0]
+    assert instruct["values"]["as a whole"]["held-out wordings of questions, %"] == [25.0, 25.0]
+    assert instruct["values"]["as a whole"]["held in, mean, %"] == [(100 + 3 * 29) / 4, (100 + 3 * 30) / 4]
     assert not list((tmp_path / "out").rglob("*partial*"))
     again = run(tmp_path, "capfilt", "--seeds", "1", "2")
     [(done, total)] = re.findall(r"^(\d+) of (\d+) runs are finished$", again, re.M)
