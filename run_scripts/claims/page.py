@@ -31,7 +31,8 @@ LEGEND = (
     " of the difference of two single runs over seeds; ≈ within the spread: it points the paper's way, but"
     " does not count; ≈ not seen: not even that. Where the paper finds none: ✓ no difference seen, or"
     " ✗ a difference. With three seeds, chance alone makes one comparison in twelve a yes, and one in twelve"
-    " the opposite. Seeds are those of training; pictures, tower and language models are the same for all.",
+    " the opposite. Seeds are those of training; pictures, tower and language models are the same for all,"
+    " so another run of everything may move outcomes that are near to the spread.",
 )
 """How the tables are to be read, in paragraphs."""
 
