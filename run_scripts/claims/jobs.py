@@ -155,8 +155,9 @@ class Runner:
                     child.send_signal(signal.SIGTERM)
                 for child in self._children:
                     child.wait()
-                for job in running.intersection(self._began):
-                    self._note(job)
+                for job in running:
+                    if job in self._began:
+                        self._note(job)
                 raise
         return [job for job in jobs if job in failed]
 

@@ -10,18 +10,11 @@ from pathlib import Path
 
 from blip.engine.charts import short, ticks
 from blip.engine.report import page, section
-from run_scripts.claims.claims import Claim, Measure, Result, deviation
+from run_scripts.claims.claims import AGREES, DISAGREES, UNDECIDED, Claim, Measure, Result, deviation
 
 LEFT, WIDTH, ROW, TOP, BOTTOM, RIGHT = 170, 460, 22, 24, 26, 14
 BLUE, RED = "#4477aa", "#cc6677"
-MARKS = {
-    "yes": "✓",
-    "no difference seen": "✓",
-    "within the spread": "≈",
-    "not seen": "≈",
-    "the opposite": "✗",
-    "a difference": "✗",
-}
+MARKS = dict.fromkeys(AGREES, "✓") | dict.fromkeys(UNDECIDED, "≈") | dict.fromkeys(DISAGREES, "✗")
 LEGEND = (
     "Figures are of 500 test pictures in groups of five with the same shapes and the same colors: to know"
     " only which occur is right in one of five at R@1. 'By ITC alone' ranks by cosine, the other R@1 re-rank"

@@ -35,7 +35,7 @@ class Lab:
 
     def job(self, name: str, *commands: Sequence[str], needs: Sequence[Job] = ()) -> Job:
         """A job whose folder is called `name`."""
-        return Job(self.output / "runs" / name, tuple(tuple(one) for one in commands), tuple(needs))
+        return Job(Path(self.folder(name)), tuple(tuple(one) for one in commands), tuple(needs))
 
     def folder(self, name: str) -> str:
         """The folder of the job that is called `name`."""

@@ -366,9 +366,15 @@ def test_models_of_other_recipes_are_not_taken_for_these(
     place = Path(shutil.copytree(straight.parent, tmp_path / "run", symlinks=True))
     refusal = workshop.start(place, "run.resume=auto", change).refusal()
     assert f"was trained with another {key}" in refusal
-    # What changes nothing of them may change, and so may the place.
+
+
+def test_what_changes_nothing_of_the_models_may_change_and_so_may_the_place(
+    workshop: Workshop, straight: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(straight.parent, tmp_path / "run", symlinks=True))
     free = ["run.captioner.options=" + json.dumps([*SIZES, "run.log_freq=7"]), "run.num_workers=1"]
-    workshop.done(place, "run.resume=auto", *free)
+    trap = ["die_at", "blip.capfilt.tuning.train", 1, "before"]  # nothing is trained again
+    workshop.done(place, "run.resume=auto", *free, traps=[trap])
 
 
 # Data of all kinds
