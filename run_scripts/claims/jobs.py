@@ -170,7 +170,9 @@ class Runner:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         self._began[job] = time.monotonic() - job.spent()
         if not self._commands(job):
-            self._note(job)
+            with self._lock:
+                if not self._stopped:  # a stop has noted it, or is about to
+                    self._note(job)
             return False
         done = {"commands": job.commands, "seconds": round(time.monotonic() - self._began[job], 1)}
         write_text(job.mark, json.dumps(done, indent=1))

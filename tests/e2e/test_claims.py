@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from blip.atomic import write_text
 from blip.config.load import load_config
 from blip.tasks.capfilt import CapFiltRun
 from run_scripts.claims import claims as told
@@ -191,6 +192,33 @@ def test_stopped_it_takes_its_runs_along(tmp_path: Path) -> None:
     assert "stopped; the same line goes on" in errors
     assert stopped.exists()
     assert [float(path.read_text()) > 0 for path in (tmp_path / "o").rglob("*.seconds")] == [True]
+
+
+def test_a_stop_notes_once_how_long_a_run_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class StopsAtAChild(threading.Condition):
+        def wait(self, timeout: float | None = None) -> bool:
+            if runner._children:
+                raise KeyboardInterrupt
+            return super().wait(0.02)
+
+    noted: list[str] = []
+
+    def note(path: Path, text: str) -> None:
+        noted.append(threading.current_thread().name)
+        write_text(path, text)
+
+    monkeypatch.setattr("run_scripts.claims.jobs.write_text", note)
+    before = set(threading.enumerate())
+    runner = Runner(1, lambda line: None)
+    runner._lock = StopsAtAChild()
+    job = Job(tmp_path / "kind" / "1", (("-c", "import time; time.sleep(60)"),))
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([job])
+    for worker in set(threading.enumerate()) - before:
+        worker.join(10)
+    # Two at once would write to the same draft, and the one that the end of the process cuts off leaves it.
+    assert noted == [threading.current_thread().name]
+    assert job.spent() > 0
 
 
 # What they came to
