@@ -71,7 +71,7 @@ class Dataset:
         Raises:
             DataError: nothing is kept at all.
         """
-        if on_main(self._stands):
+        if on_main(lambda: self._stands(work)):
             found = json.loads((self._folder / MADE_FILE).read_bytes())
             return {name: Made(*values) for name, values in found.items()}
         with Claims(self._draft) as claims:
@@ -90,18 +90,20 @@ class Dataset:
         """Says of a finished shard how many samples it has."""
         return self._draft / f"{one.name}.count"
 
-    def _stands(self) -> bool:
+    def _stands(self, work: Sequence[Work]) -> bool:
         """Whether the dataset is there; else its draft is begun, or gone on with if it is of the same."""
+        lost = [one.name for one in work if one.journal.lost]
+        stamp = self._stamp | ({"lost": lost} if lost else {})
         place, begun = self.place / SETTINGS_FILE, self._draft / SETTINGS_FILE
         made = self._folder / MADE_FILE
-        if place.is_file() and made.is_file() and json.loads(place.read_bytes()) == self._stamp:
+        if place.is_file() and made.is_file() and json.loads(place.read_bytes()) == stamp:
             return True
         for leftover in self._draft.rglob(f"{PARTIAL}*.*"):  # of a process that was killed
             leftover.unlink()
-        if not (begun.is_file() and json.loads(begun.read_bytes()) == self._stamp):
+        if not (begun.is_file() and json.loads(begun.read_bytes()) == stamp):
             shutil.rmtree(self._draft, ignore_errors=True)
             self._draft.mkdir(parents=True)
-            write_text(begun, json.dumps(self._stamp, indent=1) + "\n")
+            write_text(begun, json.dumps(stamp, indent=1) + "\n")
         return False
 
     def _assemble(self, work: Sequence[Work], pools: Sequence[Pool]) -> dict[str, Made]:

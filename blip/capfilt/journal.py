@@ -2,7 +2,8 @@
 
 A process writes whole batches. What a killed one leaves of a batch is dropped, and the batch done again, with
 the same texts and scores: both depend on the picture and its batch alone. The last line says that the unit is
-done.
+done, or that it is lost: as a whole, or since its file went away while its pictures were read. It is tried
+again when the run goes on, as a server may be there again then.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from blip import atomic
 from blip.errors import DataError
 
 Line = dict[str, Any]
+LOST = "unreadable_shard"
+"""Cause of a picture, or a whole shard, whose file cannot be had."""
+_WHOLE = b'"whole": true'
+"""In lines about a unit as a whole; within a text its quotes would be escaped."""
 
 
 class Journal:
@@ -37,18 +42,16 @@ class Journal:
     @property
     def pictures(self) -> int | None:
         """Of the unit, as its last line says; None: it is not done."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 256))
-                end = file.read()
-        except OSError:
-            return None
-        last = end[:-1].rpartition(b"\n")[2]
-        found = end.endswith(b"\n") and last.startswith(b'{"done"')
-        return int(json.loads(last)["done"]) if found else None
+        last = self._last()
+        return None if last is None else int(last["done"])
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is done and has pictures that its file did not give, or none for that reason."""
+        return bool((self._last() or {}).get("lost"))
 
     def begin(self, batch_size: int, pictures: int) -> int:
-        """Drop what is left of an unfinished batch.
+        """Drop what is left of an unfinished batch, or all that there is of a lost unit.
 
         Args:
             batch_size: lines that were written together.
@@ -60,10 +63,10 @@ class Journal:
         if not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return 0
-        size, kept, count, started = 0, 0, 0, 0
+        size, kept, count, started, whole = 0, 0, 0, 0, self.lost
         with self.path.open("rb") as file:
             for line in file:
-                if count == pictures or not line.endswith(b"\n"):
+                if whole or count == pictures or not line.endswith(b"\n") or _WHOLE in line:
                     break
                 count += 1
                 size += len(line)
@@ -79,8 +82,10 @@ class Journal:
             file.write(text.encode("ascii"))
 
     def end(self, beside: Iterable[Mapping[str, Any]], pictures: int) -> None:
-        """Append what is wrong with the unit as a whole, and that it is done."""
-        self.add([*beside, {"done": pictures}])
+        """Append what is wrong with the unit as a whole, and that it is done, or lost."""
+        wrong = [{**line, "whole": True} for line in beside]
+        lost = bool(wrong) if not pictures else any(line.get("cause") == LOST for line in self._all())
+        self.add([*wrong, {"done": pictures} | ({"lost": True} if lost else {})])
         atomic.sync(self.path)
 
     def lines(self) -> Iterator[Line]:
@@ -89,19 +94,29 @@ class Journal:
         Raises:
             DataError: the unit is not done, or somebody has changed the file.
         """
-        count, done = 0, None
+        for line in self._all():
+            if "done" in line:
+                return
+            yield line
+        raise DataError(f"{self.path}: it ends before its unit does; go on with run.resume=auto")
+
+    def _all(self) -> Iterator[Line]:
         with self.path.open("rb") as file:
-            for text in file:
+            for number, text in enumerate(file, start=1):
                 try:
-                    line = json.loads(text)
+                    yield json.loads(text)
                 except ValueError as error:
                     raise DataError(
-                        f"{self.path}: line {count + 1} is no JSON; remove the file, to have it made anew"
+                        f"{self.path}: line {number} is no JSON; remove the file, to have it made anew"
                     ) from error
-                if "done" in line:
-                    done = line["done"]
-                    break
-                count += 1
-                yield line
-        if done is None:
-            raise DataError(f"{self.path}: it ends before its unit does; go on with run.resume=auto")
+
+    def _last(self) -> Line | None:
+        """The last line, if it ends the unit."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 256))
+                end = file.read()
+        except OSError:
+            return None
+        last = end[:-1].rpartition(b"\n")[2]
+        return json.loads(last) if end.endswith(b"\n") and last.startswith(b'{"done"') else None

@@ -37,12 +37,12 @@ from blip.capfilt.work import Pool, Work, check, lines_of, open_pools, web_sets,
 from blip.config.files import dump
 from blip.config.schema import Config
 from blip.data.samples import BadRecord
-from blip.data.skips import SkipLog
+from blip.data.skips import SKIPPED_FILE, SkipLog
 from blip.engine.environment import describe
 from blip.engine.parallel import Parallel
 from blip.engine.run_folder import CONFIG_FILE, ENV_FILE, open_folder
 from blip.engine.signals import StopSignals
-from blip.errors import ConfigError, Stopped
+from blip.errors import ConfigError, DataError, Stopped
 from blip.tasks.capfilt import CapFiltRun, ExpertConfig
 from blip.together import on_all, on_main
 
@@ -111,7 +111,7 @@ class Round:
     ) -> None:
         self.config, self.run, self.web, self.number = config, config.run, web, number
         self.signals = signals
-        self.before = folder / f"round-{number - 1}"
+        self.before, self.after = folder / f"round-{number - 1}", folder / f"round-{number + 1}"
         self.folder = folder / f"round-{number}"
         self.scored = self.folder / "scored"
 
@@ -226,7 +226,8 @@ class Round:
             for one in work:
                 if self._stopping():
                     break
-                if (pictures := one.journal.pictures) is not None:
+                pictures = one.journal.pictures
+                if pictures is not None and (self._settled or not one.journal.lost):
                     progress.skip(pictures)
                 elif claims.take(one.name):
                     self._score_unit(strap, one, skips, progress)
@@ -240,11 +241,19 @@ class Round:
             one.journal.add(strap(pictures, f"{one.pool.name}/{self.number}"))
             bad = [(one.pool.name, picture.bad) for picture in pictures if picture.bad is not None]
             skips.update(bad, len(pictures) - len(bad))
-            skips.judge_own()
+            try:
+                skips.judge_own()
+            except DataError as error:
+                raise self._told(error) from error
             progress.add(len(pictures))
             if self._stopping():
                 return
-        one.journal.end([{**bad_line(error), "whole": True} for error in unit.close()], count)
+        one.journal.end([bad_line(error) for error in unit.close()], count)
+
+    @property
+    def _settled(self) -> bool:
+        """Whether a further round's model learns from what was found here."""
+        return (self.after / START_FILE).is_file()
 
     def _stopping(self) -> bool:
         return self.signals.received is not None
@@ -257,7 +266,12 @@ class Round:
     # What there is to tell
 
     def _list_unreadable(self, work: list[Work], pools: list[Pool]) -> None:
-        """List bad pictures and shards in the round's folder, and judge their shares."""
+        """List bad pictures and shards in the round's folder, and judge their shares.
+
+        Raises:
+            DataError: too large a share is bad.
+        """
+        (self.folder / SKIPPED_FILE).unlink(missing_ok=True)  # it may list what could be read now
         for pool in pools:
             own = [one for one in work if one.pool is pool]
             bad: list[BadRecord] = []
@@ -268,9 +282,25 @@ class Round:
                 if "cause" in line:
                     bad.append(BadRecord(line["cause"], line["picture"], line["detail"]))
                     shards += bad[-1:] if line.get("whole") else []
+            if lost := [one.unit.file for one in own if one.journal.lost]:
+                few = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+                again = "" if self._settled else "; to go on with run.resume=auto tries them again"
+                log.warning(
+                    "%s: %d of %d shards could not be read (%s)%s", pool.name, len(lost), len(own), few, again
+                )
             skips = SkipLog(self.folder, self.run.max_bad_ratio)
-            skips.judge_all(pool.name, shards, len(shards), len(own), "shards")
-            skips.judge_all(pool.name, bad, len(bad), max(total, 1), "pictures")
+            try:
+                skips.judge_all(pool.name, shards, len(shards), len(own), "shards")
+                skips.judge_all(pool.name, bad, len(bad), max(total, 1), "pictures")
+            except DataError as error:
+                raise self._told(error) from error
+
+    def _told(self, error: DataError) -> DataError:
+        """With what to do so that pictures that have been mended are looked at again."""
+        return DataError(
+            f"{error}; then go on with run.resume=auto, which tries lost shards again, and mended pictures"
+            f" where their unit's journal in '{self.scored}' has been removed"
+        )
 
     def _conclude(
         self,

@@ -26,6 +26,8 @@ _FREE = frozenset(
     }
 )
 """Run keys that may change while a run goes on: the model that comes out is the same."""
+_FREE_OF_DATASETS = frozenset({"cache_dir", "cache_gb"})
+"""The same of each dataset's keys."""
 
 
 def trained(place: Path, recipe: str, options: Sequence[str]) -> str:
@@ -70,6 +72,8 @@ def _learned(config: Config) -> dict[str, Any]:
         tree["model"]["init_from"] = str(start.relative_to(place.parents[1]))
     tree.pop("name")
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in _FREE}
+    for name, section in tree["datasets"].items():
+        tree["datasets"][name] = {k: value for k, value in section.items() if k not in _FREE_OF_DATASETS}
     return dict(_flat(tree))
 
 

@@ -14,6 +14,8 @@ from blip import dist
 from blip.data.samples import BadRecord
 from blip.errors import DataError
 
+SKIPPED_FILE = "skipped.jsonl"
+"""In the run folder; other ranks than the first have a number in the name."""
 Counts = dict[str, Counter[str]]
 """Dataset -> cause -> number of records."""
 
@@ -34,7 +36,7 @@ class SkipLog:
 
     def __init__(self, folder: Path | None = None, max_bad_ratio: float = 0.05, min_reads: int = 200) -> None:
         rank = dist.rank()
-        self.path = folder / (f"skipped-{rank}.jsonl" if rank else "skipped.jsonl") if folder else None
+        self.path = folder / (f"skipped-{rank}.jsonl" if rank else SKIPPED_FILE) if folder else None
         self.max_bad_ratio = max_bad_ratio
         self.min_reads = min_reads
         self.epoch_rows: int | None = None

@@ -29,6 +29,7 @@ from tests.e2e.test_blip_recipes import MED, SMALL
 from tests.e2e.test_instruct_recipes import QFORMER
 from tests.e2e.test_instruct_recipes import SMALL as BLIP2
 from tests.reference.small_stage2 import LLMS
+from tests.shard_server import serving
 
 CAPFILT = "blip.capfilt.__main__"
 WEB = 72
@@ -372,7 +373,8 @@ def test_what_changes_nothing_of_the_models_may_change_and_so_may_the_place(
     workshop: Workshop, straight: Path, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(straight.parent, tmp_path / "run", symlinks=True))
-    free = ["run.captioner.options=" + json.dumps([*SIZES, "run.log_freq=7"]), "run.num_workers=1"]
+    options = [*SIZES, "run.log_freq=7", "datasets.scenes.cache_gb=1"]
+    free = ["run.captioner.options=" + json.dumps(options), "run.num_workers=1"]
     trap = ["die_at", "blip.capfilt.tuning.train", 1, "before"]  # nothing is trained again
     workshop.done(place, "run.resume=auto", *free, traps=[trap])
 
@@ -474,7 +476,12 @@ def test_captions_only_and_filter_only(workshop: Workshop, experts: list[str], t
 
 
 def test_a_second_round_trains_anew_on_what_the_first_has_kept(workshop: Workshop, tmp_path: Path) -> None:
-    options = ["datasets.scenes_web_shards=null", "run.rounds=2", "run.captions.num=1"]
+    root = Path(shutil.copytree(workshop.root, tmp_path / "data"))
+    shard = root / "scenes" / "shards" / "web-00003.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"no tar" * 200)
+    options = ["datasets.scenes_web=null", "run.rounds=2", "run.captions.num=1", "run.max_bad_ratio=0.1"]
+    options.append(f"run.data_root={root}")
     found = workshop.done(tmp_path / "run", *options)
     again = tmp_path / "run" / "round-2"
     assert lines(again / "pretrain")[-1]["split"] == "test"
@@ -483,7 +490,11 @@ def test_a_second_round_trains_anew_on_what_the_first_has_kept(workshop: Worksho
     one, two = (json.loads((r / "summary.json").read_text()) for r in (found, again))
     assert one["captioner"] != two["captioner"]
     assert two["round"] == 2
-    assert (again / "dataset" / "scenes_web" / "web.json").is_file()
+    assert len(list((again / "dataset" / "scenes_web_shards").glob("*.tar"))) > 10
+    shard.write_bytes(whole)  # it was learned from what there was: that stays
+    before = files(found / "dataset")
+    workshop.done(tmp_path / "run", *options, "run.resume=auto")
+    assert files(found / "dataset") == before
     other = workshop.start(tmp_path / "run", *options, "run.resume=auto", "run.keep.itm_quantile=0.6")
     assert f"run.keep: '{again}' was begun with what other rules have kept of round 1" in other.refusal()
 
@@ -515,6 +526,43 @@ def test_too_many_shards_that_cannot_be_read_stop_it(
     more = [*experts, f"run.data_root={root}", "datasets.scenes_web=null", "run.max_bad_ratio=0.3"]
     refused = workshop.start(tmp_path / "run", *more).refusal()
     assert f"{len(shards[::2])} of {len(shards)} shards cannot be read" in refused
+
+
+def test_shards_that_could_not_be_fetched_are_tried_again(
+    workshop: Workshop, experts: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(workshop.root / "scenes" / "shards", folder, ignore=shutil.ignore_patterns("*.json"))
+    for path in folder.glob("*.tar"):
+        if not path.name.startswith("web-"):
+            path.unlink()
+    paths = sorted(folder.glob("*.tar"))
+    lost = paths[1].rename(tmp_path / "elsewhere.tar")
+    run = tmp_path / "run"
+    with serving(folder) as server:
+        urls = [f"{server.url}/{path.name}" for path in paths]
+        cache = f"cache_dir: {tmp_path / 'cache'}"
+        section = f"path: [{', '.join(urls)}], remote: true, {cache}, num_samples: {WEB}"
+        only = ["datasets.scenes_web=null", "datasets.scenes_web_shards=null"]
+        more = [*experts, f"datasets.mine={{{section}}}", *only]
+        some = "run.max_bad_ratio=0.5"
+        refused = workshop.start(run, *more).refusal()
+        assert f"1 of {len(paths)} shards cannot be read" in refused
+        assert "run.resume=auto, which tries lost shards again" in refused
+        found = workshop.done(run, *more, some, "run.resume=auto")
+        assert (found / "skipped.jsonl").read_text().count("unreadable_shard") == 1
+        assert json.loads((found / "dataset" / "settings.json").read_text())["lost"] == ["mine-00001"]
+        assert not (found / "dataset" / "mine" / paths[1].name).exists()
+        journals = {path: path.stat().st_mtime_ns for path in (found / "scored").rglob("*.jsonl")}
+        lost.rename(paths[1])
+        ended = workshop.start(run, *more, some, "run.resume=auto")
+        assert ended.code == 0, ended.output
+        made_anew = {path.name for path, when in journals.items() if path.stat().st_mtime_ns != when}
+        assert made_anew == {"00001.jsonl"}
+        assert not (found / "skipped.jsonl").exists()
+        whole = workshop.done(tmp_path / "whole", *more)
+        assert files(whole / "dataset") == files(found / "dataset")
+        assert files(whole / "scored") == files(found / "scored")
 
 
 def test_a_dry_run_leaves_nothing_behind(workshop: Workshop, experts: list[str], tmp_path: Path) -> None:

@@ -390,3 +390,44 @@ def test_a_journal_goes_on_behind_the_last_whole_batch(tmp_path: Path) -> None:
     assert journal.begin(4, 10) == 10
     with pytest.raises(Exception, match="ends before its unit does"):
         list(journal.lines())
+
+
+WRONG = {"picture": "a.tar", "cause": "unreadable_shard", "detail": "it is away"}
+
+
+def test_a_shard_that_was_away_is_lost_and_begun_anew(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "a" / "0.jsonl")
+    assert journal.begin(1, 0) == 0
+    journal.end([WRONG], 0)
+    assert (journal.done, journal.lost, journal.pictures) == (True, True, 0)
+    assert [line["whole"] for line in journal.lines()] == [True]
+    whole = journal.path.read_bytes()
+    for cut in (0, 1, len(b'{"done": 0, "lost": true}\n'), len(b'{"done": 0, "lost": true}\n') + 1):
+        journal.path.write_bytes(whole[: len(whole) - cut])  # killed meanwhile: its line is no picture's
+        assert journal.begin(1, 3) == 0
+        assert not journal.path.read_bytes()
+    journal.add(lines(3))
+    journal.end([], 3)
+    assert (journal.done, journal.lost, journal.pictures) == (True, False, 3)
+
+
+@pytest.mark.parametrize(
+    ("beside", "bad", "lost"),
+    [
+        ([], {}, False),
+        ([{**WRONG, "cause": "truncated_shard"}], {}, False),  # the rest of it is there
+        ([], {"cause": "corrupt_image", "detail": ""}, False),
+        ([], {"cause": "unreadable_shard", "detail": ""}, True),  # it went away in between
+    ],
+)
+def test_a_shard_that_was_read_is_lost_where_its_file_went_away(
+    tmp_path: Path, beside: list[dict[str, Any]], bad: dict[str, Any], lost: bool
+) -> None:
+    journal = Journal(tmp_path / "a" / "0.jsonl")
+    journal.begin(1, 3)
+    journal.add([*lines(2), {"picture": "2", **bad} if bad else lines(1, 2)[0]])
+    journal.end(beside, 3)
+    assert (journal.done, journal.lost) == (True, lost)
+    assert journal.begin(1, 3) == (0 if lost else 3)
+    journal.add([{"picture": "0", "texts": [{"caption": '"whole": true'}]}] * (3 if lost else 0))
+    assert journal.begin(1, 3) == 3
