@@ -66,6 +66,15 @@ def test_capfilt_beside_the_naive_sequence(tmp_path: Path, more: list[str]) -> N
     assert figures["shares_tower"] == bool(more)
 
 
+def test_capfilt_in_bf16_beside_the_naive_sequence_in_fp32(tmp_path: Path) -> None:
+    few = ("--pictures", "8", "--batch", "4", "--max-length", "12")
+    file = tmp_path / "figures.json"
+    half = ("--precision", "bf16", "--naive-precision", "fp32")
+    assert "cpu bf16 (naive fp32)" in bench("capfilt", "--json", str(file), *half, small=few)
+    # What is judged twice, the web's own text at least, gets nearly the same score, and not the very same.
+    assert 1e-6 < json.loads(file.read_text())["worst"] < 0.05
+
+
 def test_the_data_path_beside_pillow_and_with_many_annotations(tmp_path: Path) -> None:
     few = ("--size", "32", "--pictures", "32", "--rounds", "1", "--rows", "2000", "--samples", "600")
     file = tmp_path / "figures.json"
