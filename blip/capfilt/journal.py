@@ -63,10 +63,10 @@ class Journal:
         if not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return 0
-        size, kept, count, started, whole = 0, 0, 0, 0, self.lost
+        size, kept, count, started, lost = 0, 0, 0, 0, self.lost
         with self.path.open("rb") as file:
             for line in file:
-                if whole or count == pictures or not line.endswith(b"\n") or _WHOLE in line:
+                if lost or count == pictures or not line.endswith(b"\n") or _WHOLE in line:
                     break
                 count += 1
                 size += len(line)

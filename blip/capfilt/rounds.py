@@ -227,7 +227,7 @@ class Round:
                 if self._stopping():
                     break
                 pictures = one.journal.pictures
-                if pictures is not None and (self._settled or not one.journal.lost):
+                if pictures is not None and (not one.journal.lost or self._settled):
                     progress.skip(pictures)
                 elif claims.take(one.name):
                     self._score_unit(strap, one, skips, progress)

@@ -140,7 +140,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         different, worst, texts = 0, 0.0, 0
 
         def one_by_one(unit: RecordUnit, numbers: range) -> Any:
-            with autocast(args.naive_precision or args.precision):
+            with autocast(args.naive_precision):
                 return naive(captioner, judge, unit, numbers, how.generation(42))
 
         one_by_one(units[0], range(1))  # warms up
@@ -183,11 +183,12 @@ def main() -> int:
     parser.add_argument("--naive-precision", choices=("fp32", "bf16"), help="default: the same")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     args = parser.parse_args()
+    args.naive_precision = args.naive_precision or args.precision
     found = measure(args)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     what = f"{found['pictures']} pictures, {found['texts']} texts"
-    other = f" (naive {one})" if (one := args.naive_precision or args.precision) != args.precision else ""
+    other = f" (naive {args.naive_precision})" if args.naive_precision != args.precision else ""
     shared = f"tower shared: {found['shares_tower']}"
     print(f"{args.size}, {what}, {args.device} {args.precision}{other}, {shared}")
     print(f"pictures/s: naive {found['naive']:.2f}, blip {found['blip']:.2f}: {found['ratio']:.2f}x")

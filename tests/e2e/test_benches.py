@@ -72,7 +72,7 @@ def test_capfilt_in_bf16_beside_the_naive_sequence_in_fp32(tmp_path: Path) -> No
     half = ("--precision", "bf16", "--naive-precision", "fp32")
     assert "cpu bf16 (naive fp32)" in bench("capfilt", "--json", str(file), *half, small=few)
     # What is judged twice, the web's own text at least, gets nearly the same score, and not the very same.
-    assert 1e-6 < json.loads(file.read_text())["worst"] < 0.05
+    assert 2e-5 < json.loads(file.read_text())["worst"] < 0.05
 
 
 def test_the_data_path_beside_pillow_and_with_many_annotations(tmp_path: Path) -> None:
